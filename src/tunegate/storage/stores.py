@@ -38,6 +38,9 @@ class Store(Protocol):
     def get_tree(self, key: str, folder: Path) -> None:
         """Bring the folder published under `key` to `folder`."""
 
+    def remove(self, key: str) -> None:
+        """Remove the folder under `key` and all below it, manifests first, so that no reader sees half of one."""
+
 
 def link_tree(source: Path, target: Path) -> None:
     """Copy a folder; files are hard-linked where the file system allows, since artifacts are never modified."""
@@ -121,6 +124,14 @@ class LocalStore:
             raise StorageError("no such artifact", key=str(source))
         link_tree(source, folder)
 
+    def remove(self, key: str) -> None:
+        """See `Store.remove`."""
+        target = self._path(key)
+        if target.is_dir():
+            gone = target.with_name(f".{target.name}.{os.getpid()}.removed")
+            target.replace(gone)
+            shutil.rmtree(gone)
+
 
 class S3Store:
     """A prefix of an S3 bucket; endpoint, region and credentials come from the usual AWS settings."""
@@ -183,6 +194,12 @@ class S3Store:
             target = folder / name[len(key) + 1 :]
             target.parent.mkdir(parents=True, exist_ok=True)
             client.download_file(self.bucket, self._key(name), str(target))
+
+    def remove(self, key: str) -> None:
+        """See `Store.remove`."""
+        found = sorted(self.keys(f"{key}/"), key=lambda name: not name.endswith(f"/{MANIFEST_NAME}"))
+        for name in found:
+            self._call("delete_object", name)
 
     def _call(self, operation: str, key: str, *, missing_ok: bool = False, **arguments: Any) -> Any:
         from botocore.exceptions import BotoCoreError, ClientError
