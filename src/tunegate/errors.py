@@ -59,10 +59,23 @@ class StorageError(TunegateError):
     exit_code = 1
 
 
+class StorageUnavailableError(StorageError):
+    """The storage cannot be used now (unreachable, throttling, credentials); the same may succeed later."""
+
+
 class TrainingError(TunegateError):
     """Training cannot go on: divergence, out of memory, a watchdog."""
 
     exit_code = 1
+
+
+class TrainingStoppedError(TrainingError):
+    """Training stopped on request, with a checkpoint written: started again, it goes on from there.
+
+    A process that ends so exits with 75 (EX_TEMPFAIL of sysexits.h: try again).
+    """
+
+    exit_code = 75
 
 
 class GateError(TunegateError):

@@ -15,16 +15,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunegate.config import TuneSpec
-from tunegate.errors import StorageError, TunegateError
+from tunegate.errors import StorageError, TrainingStoppedError, TunegateError
 from tunegate.stages.observe import StageObserver
 from tunegate.storage.manifest import code_digest, digest_json, verify, write_manifest
 from tunegate.storage.runs import OutputRef, RunStore, StageRecord, list_runs, now
 from tunegate.storage.stores import link_tree, open_store
+from tunegate.training.mirror import Mirror
 
 if TYPE_CHECKING:
     from tunegate.tracking.tracker import Tracker
 
 SPEC_FILE = "spec.json"
+_TRAINING = frozenset({"sft", "reward", "ppo"})
+"""The stages that write checkpoints."""
 
 # oneDNN keeps up to 1024 compiled matrix products with their scratch memory. Batches of ever new lengths fill it:
 # 22 steps of SFT of a 135M model took 4.9 GB with 16 entries and over 6 GB with the default, at the same speed.
@@ -82,6 +85,14 @@ class StageContext:
     def checkpoints(self) -> Path:
         """A folder for this stage's training checkpoints that outlives the process."""
         return scratch(self.spec, self.run.run_id) / "checkpoints" / self.stage
+
+    @property
+    def mirror(self) -> Mirror | None:
+        """Where copies of the checkpoints go, so that another node can resume: the storage root, if it is on S3."""
+        storage = self.spec.storage
+        if not (storage.mirror_checkpoints and storage.root.startswith("s3://")):
+            return None
+        return Mirror(open_store(storage.root), f"runs/{self.run.run_id}/checkpoints/{self.stage}")
 
     @property
     def tracking_uri(self) -> str:
@@ -183,6 +194,8 @@ def run_stage(
 
     Raises:
         TunegateError: As raised by the body, after the failure was recorded.
+        SystemExit: With status 75, when training stopped on request with a checkpoint written: the record says
+            `interrupted`, and the stage, started again by a retry of its pod or by `tunegate resume`, goes on from it.
     """
     resolved = ResolvedSpec.read(spec_path)
     spec, run = resolved.spec, RunStore(resolved.spec.storage.root, resolved.run_id)
@@ -215,12 +228,16 @@ def run_stage(
         refs = {role: _seal(output, digests, spec, sections, run, stage) for role, output in outputs.items()}
     except BaseException as error:
         _record_failure(run, record, observer, tracker, error, time.monotonic() - started)
+        if isinstance(error, TrainingStoppedError):
+            raise SystemExit(error.exit_code) from error
         raise
     for name, data in outcome.files.items():
         run.write_file(name, data)
     run.write_metrics(stage, observer.rows)
     # The finished artifact replaces the checkpoints, which are several times its size.
     shutil.rmtree(context.checkpoints, ignore_errors=True)
+    if stage in _TRAINING and (mirror := context.mirror) is not None:
+        mirror.clear()
     record = record.model_copy(
         update={
             "status": "done",
@@ -333,7 +350,7 @@ def _record_failure(
     seconds: float,
 ) -> None:
     """Write down a failure wherever that is still possible; the error itself is raised again by the caller."""
-    interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
+    interrupted = isinstance(error, (KeyboardInterrupt, SystemExit, TrainingStoppedError))
     shown = str(error) if isinstance(error, TunegateError) else f"{type(error).__name__}: {error}"
     failed = record.model_copy(
         update={

@@ -7,6 +7,7 @@ from pathlib import Path
 from tunegate.data import read_records
 from tunegate.stages.context import Outcome, Output, StageContext, absent, run_stage
 from tunegate.stages.metrics import MetricsArtifact, publish
+from tunegate.stages.training import train
 
 
 def run(
@@ -36,7 +37,9 @@ def run(
 
         prompts, heldout = read_records(dataset, "prompts", "train"), read_records(dataset, "prompts", "heldout")
         context.log_dataset("prompts", len(prompts), "training", "dataset")
-        result = train_ppo(
+        result = train(
+            context,
+            train_ppo,
             sft_model,
             reward,
             prompts,
@@ -44,8 +47,6 @@ def run(
             model,
             spec=context.spec.ppo,
             seed=context.seed,
-            observer=context.observer,
-            checkpoints=context.checkpoints,
             judge=None if absent(judge) else judge,
         )
         gain, before, after = result.reward_gain, result.before, result.after

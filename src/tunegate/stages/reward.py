@@ -9,6 +9,7 @@ from tunegate.gates.results import RewardFigures
 from tunegate.gates.stage_gates import gate_reward
 from tunegate.stages.context import Outcome, Output, StageContext, mark_absent, run_stage
 from tunegate.stages.metrics import MetricsArtifact, publish
+from tunegate.stages.training import train
 
 
 def run(
@@ -43,7 +44,9 @@ def run(
         heldout_ratings = read_records(dataset, "ratings", "heldout")
         context.log_dataset("preferences", len(pairs), "training", "dataset")
         section = context.spec.reward
-        result = train_reward(
+        result = train(
+            context,
+            train_reward,
             sft_model,
             pairs,
             ratings,
@@ -52,8 +55,6 @@ def run(
             model,
             spec=section,
             seed=context.seed,
-            observer=context.observer,
-            checkpoints=context.checkpoints,
         )
         found = result.heldout
         gate = gate_reward(
@@ -81,7 +82,9 @@ def run(
         }
         if section.judge.enabled:
             context.observer.note("training the judge, which PPO never sees")
-            judged = train_reward(
+            judged = train(
+                context,
+                train_reward,
                 sft_model,
                 pairs,
                 ratings,
@@ -90,8 +93,8 @@ def run(
                 judge,
                 spec=section.for_judge(),
                 seed=context.spec.stage_seed("judge"),
+                name="judge",
                 observer=context.observer.quiet(),
-                checkpoints=context.checkpoints / "judge",
             )
             figures["judge/heldout_accuracy"] = judged.heldout.accuracy.value
             files["judge.json"] = judged.model_dump_json(indent=2).encode()

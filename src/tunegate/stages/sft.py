@@ -7,6 +7,7 @@ from pathlib import Path
 from tunegate.data import read_records
 from tunegate.stages.context import Outcome, Output, StageContext, run_stage
 from tunegate.stages.metrics import MetricsArtifact, publish
+from tunegate.stages.training import train
 
 
 def run(*, spec: Path, dataset: Path, base_model: Path, model: Path, metrics: MetricsArtifact | None = None) -> None:
@@ -23,24 +24,15 @@ def run(*, spec: Path, dataset: Path, base_model: Path, model: Path, metrics: Me
     def body(context: StageContext) -> Outcome:
         from tunegate.training.sft import train_sft
 
-        train, heldout = read_records(dataset, "sft", "train"), read_records(dataset, "sft", "heldout")
-        context.log_dataset("sft", len(train), "training", "dataset")
-        result = train_sft(
-            base_model,
-            train,
-            heldout,
-            model,
-            spec=context.spec.sft,
-            seed=context.seed,
-            observer=context.observer,
-            checkpoints=context.checkpoints,
-        )
+        rows, heldout = read_records(dataset, "sft", "train"), read_records(dataset, "sft", "heldout")
+        context.log_dataset("sft", len(rows), "training", "dataset")
+        result = train(context, train_sft, base_model, rows, heldout, model, spec=context.spec.sft, seed=context.seed)
         figures: dict[str, float] = {
             "train/steps": result.steps,
             "train/tokens": result.tokens,
             "train/tokens_per_second": result.tokens_per_second,
         }
-        summary = f"{result.steps} steps over {len(train)} conversations"
+        summary = f"{result.steps} steps over {len(rows)} conversations"
         if result.heldout_before is not None and result.heldout_after is not None:
             before, after = result.heldout_before.mean, result.heldout_after.mean
             figures |= {"heldout/nll_before": before, "heldout/nll_after": after}

@@ -16,3 +16,7 @@ class StorageSpec(Section):
     reuse: Literal["run", "any", "never"] = "run"
     """Which finished stages with the same inputs, spec and code are taken over instead of run again: those of this
     run only (`run`: what `tunegate resume` needs), those of any run in this storage (`any`), or none (`never`)."""
+
+    mirror_checkpoints: bool = True
+    """With a root on S3, copy every training checkpoint there as well, so that a pod that is tried again on another
+    node goes on from it. Costs the upload of about 12 bytes a trained parameter for each checkpoint."""

@@ -2,7 +2,8 @@
 
 A checkpoint is a folder `step-00000120/` with `state.pt` and `manifest.json`. It is written under another name, synced
 to disk, and renamed; the manifest holds the digest of the state. A damaged newest checkpoint is set aside and the one
-before it is used.
+before it is used. With a mirror every checkpoint is copied to a store as well (S3, say), and a process that starts on
+another machine resumes from there.
 """
 
 from __future__ import annotations
@@ -19,20 +20,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from tunegate.errors import StorageError, TrainingError
+from tunegate.errors import StorageError
 from tunegate.observer import NullObserver, Observer
 from tunegate.storage.manifest import digest_files, list_files, sha256_file
+from tunegate.training.mirror import Mirror
+from tunegate.training.ranks import from_first, world
 
 _SCHEMA = 1
 _STATE = "state.pt"
 _MANIFEST = "manifest.json"
 _PARTIAL = ".partial-"
-
-
-class TrainingStoppedError(TrainingError):
-    """Training stopped on request, with a checkpoint written: started again, it goes on from there."""
-
-    exit_code = 75  # EX_TEMPFAIL: try again
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +48,18 @@ class CheckpointFolder:
         root: Folder that holds them.
         fingerprint: Digest of what the run depends on (spec, data, model, seed). Checkpoints with another fingerprint
             belong to another run and are not resumed from.
+        mirror: Where copies go; None keeps them in the folder alone.
     """
 
-    def __init__(self, root: Path, *, fingerprint: str, keep: int = 2, observer: Observer | None = None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        fingerprint: str,
+        keep: int = 2,
+        observer: Observer | None = None,
+        mirror: Mirror | None = None,
+    ) -> None:
         """Open the folder, creating it if needed.
 
         Args:
@@ -61,6 +67,7 @@ class CheckpointFolder:
             fingerprint: See the class.
             keep: How many checkpoints to keep.
             observer: Told about checkpoints that are set aside.
+            mirror: Where copies go, if anywhere.
 
         Raises:
             StorageError: If the folder cannot be created.
@@ -69,9 +76,11 @@ class CheckpointFolder:
         self.fingerprint = fingerprint
         self.keep = keep
         self.observer = observer or NullObserver()
+        # Runs with other settings that use the same place must not see each other's steps.
+        self.mirror = mirror.below(fingerprint[:16]) if mirror is not None else None
         try:
             root.mkdir(parents=True, exist_ok=True)
-            for leftover in root.glob(f"{_PARTIAL}*"):
+            for leftover in root.glob(f"{_PARTIAL}*") if world()[0] == 0 else ():
                 shutil.rmtree(leftover)
         except OSError as error:
             raise _unwritable(root, error) from error
@@ -117,18 +126,42 @@ class CheckpointFolder:
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
             shutil.rmtree(partial, ignore_errors=True)
             raise _unwritable(self.root, error) from error
+        self._copy_to_mirror(target)
         return target
 
     def latest(self) -> Checkpoint | None:
-        """The newest checkpoint of this run that is whole; None if there is none."""
-        for folder in self._folders():
+        """The newest checkpoint of this run that is whole, here or in the mirror; None if there is none.
+
+        Raises:
+            StorageError: If the mirror cannot be read: to begin anew would throw away what may be there.
+        """
+        rank = world()[0]
+        found = self._newest() if rank == 0 else None
+        # One rank looks and fetches; the others read what it found.
+        name = from_first(found.path.name if found is not None else None)
+        return self._load(self.root / name) if rank != 0 and name is not None else found
+
+    def _newest(self) -> Checkpoint | None:
+        mirrored = self._mirrored()
+        names = {folder.name for folder in self._folders()} | mirrored
+        for name in sorted(names, reverse=True):
+            folder = self.root / name
+            if (found := self._load(folder)) is not None:
+                return found
+            if name in mirrored and self._fetch(folder) and (found := self._load(folder)) is not None:
+                return found
+        return None
+
+    def _load(self, folder: Path) -> Checkpoint | None:
+        """The checkpoint in a folder; None if it is not there, damaged, or another run's."""
+        if folder.is_dir():
             try:
                 manifest = json.loads((folder / _MANIFEST).read_text())
                 if manifest["schema_version"] != _SCHEMA:
                     raise ValueError(f"schema version {manifest['schema_version']}, this is {_SCHEMA}")
                 if manifest["fingerprint"] != self.fingerprint:
                     self.observer.note(f"{folder.name} belongs to a run with other settings or data; not resumed from")
-                    continue
+                    return None
                 if sha256_file(folder / _STATE) != manifest["files"][_STATE]["sha256"]:
                     raise ValueError("the digest does not match")
                 state = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
@@ -139,6 +172,44 @@ class CheckpointFolder:
 
     def _folders(self) -> list[Path]:
         return sorted((path for path in self.root.glob("step-*") if path.is_dir()), reverse=True)
+
+    def _mirrored(self) -> set[str]:
+        """Names of the checkpoints whose manifest, which goes last, is in the mirror."""
+        if self.mirror is None:
+            return set()
+        keys = self.mirror.store.keys(f"{self.mirror.key}/")
+        return {key.split("/")[-2] for key in keys if key.endswith(f"/{_MANIFEST}")}
+
+    def _fetch(self, folder: Path) -> bool:
+        """Bring a checkpoint from the mirror, in place of a damaged one here if there is one."""
+        assert self.mirror is not None  # its name came from there
+        partial = self.root / f"{_PARTIAL}{os.getpid()}-fetched"
+        self.observer.note(f"fetching {folder.name} from {self.mirror.store.uri}/{self.mirror.key}")
+        try:
+            self.mirror.store.get_tree(f"{self.mirror.key}/{folder.name}", partial)
+            if folder.exists():
+                shutil.rmtree(folder)
+            partial.rename(folder)
+        except StorageError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            self.observer.note(f"{folder.name} cannot be fetched ({error}); trying the checkpoint before it")
+            return False
+        except OSError as error:
+            raise _unwritable(self.root, error) from error
+        return True
+
+    def _copy_to_mirror(self, folder: Path) -> None:
+        """Copy a checkpoint and drop copies beyond `keep`. An outage costs the copy, not the training."""
+        if self.mirror is None:
+            return
+        store, base = self.mirror.store, self.mirror.key
+        try:
+            store.remove(f"{base}/{folder.name}")  # a damaged one of the same step
+            store.put_tree(f"{base}/{folder.name}", folder)
+            for name in sorted(self._mirrored(), reverse=True)[self.keep :]:
+                store.remove(f"{base}/{name}")
+        except StorageError as error:
+            self.observer.note(f"{folder.name} was not copied to {store.uri}: {error}; training goes on")
 
     def _retire(self) -> None:
         """Keep the newest `keep` checkpoints of this run; those of other runs and damaged ones go."""

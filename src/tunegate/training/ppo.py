@@ -18,22 +18,23 @@ import torch
 from torch import Tensor
 
 from tunegate.data.records import Prompt
-from tunegate.errors import TrainingError
+from tunegate.errors import TrainingError, TrainingStoppedError
 from tunegate.observer import NullObserver, Observer
 from tunegate.storage.manifest import digest_json
 from tunegate.training.advantages import explained_variance, masked_mean, regression_line
 from tunegate.training.batching import shuffled
-from tunegate.training.checkpoint import CheckpointFolder, TrainingStoppedError, model_digest, seed_everything
+from tunegate.training.checkpoint import CheckpointFolder, model_digest, seed_everything
 from tunegate.training.heldout import Measurement, by_source, examples, measure, paired_difference
 from tunegate.training.kl import KLController, LagrangeMultiplier
 from tunegate.training.measure import peak_memory_bytes
+from tunegate.training.mirror import Mirror
 from tunegate.training.optim import Optimizer
 from tunegate.training.policy import Policy
 from tunegate.training.ppo_config import PPOSpec
 from tunegate.training.ppo_results import PPOResult, RewardScale, UpdateSummary, WatchdogEvent
 from tunegate.training.ppo_setup import check_prompts, fitting_prompts, make_critic, make_scorers, optimizer_spec
 from tunegate.training.ppo_state import PPOState
-from tunegate.training.ranks import gather, share, world
+from tunegate.training.ranks import agreed, gather, share, world
 from tunegate.training.scoring import (
     Rollout,
     Signal,
@@ -68,6 +69,7 @@ def train_ppo(
     seed: int,
     observer: Observer | None = None,
     checkpoints: Path | None = None,
+    mirror: Mirror | None = None,
     judge: Path | None = None,
     stop_requested: Callable[[], bool] | None = None,
 ) -> PPOResult:
@@ -83,6 +85,7 @@ def train_ppo(
         seed: Of adapters, prompts, responses and orders.
         observer: Told figures by update, progress and remarks.
         checkpoints: Folder to resume from and to write checkpoints to; unset means neither.
+        mirror: Where copies of the checkpoints go, so that another machine can resume.
         judge: Folder of a second reward model, which PPO does not train on: it tells learning from reward hacking.
         stop_requested: Asked before each update; when true, a checkpoint is written and training stops.
 
@@ -98,7 +101,11 @@ def train_ppo(
         parts = ["ppo", spec.model_dump(mode="json"), seed, *(model_digest(p) for p in (policy, reward, judge) if p)]
         ids = [[prompt.id for prompt in group] for group in (run.prompts, run.heldout)]
         run.folder = CheckpointFolder(
-            checkpoints, fingerprint=digest_json([*parts, *ids]), keep=spec.keep_checkpoints, observer=run.observer
+            checkpoints,
+            fingerprint=digest_json([*parts, *ids]),
+            keep=spec.keep_checkpoints,
+            observer=run.observer,
+            mirror=mirror,
         )
     run.start()
     run.loop(stop_requested or (lambda: False))
@@ -238,26 +245,31 @@ class _Run:
         """Make all updates, or stop where a watchdog says so."""
         spec, state = self.spec, self.state
         while state.update < self.updates and self.stopped is None:
-            if stop_requested():
-                self._save()
-                raise TrainingStoppedError(
-                    f"PPO was stopped at update {state.update} of {self.updates}",
-                    fix="start it again with the same checkpoint folder" if self.folder else "give a checkpoint folder",
-                )
-            self._update()
+            self._stop_if_asked(stop_requested)
+            self._update(stop_requested)
             last = state.update == self.updates
             if self.stopped is None and (last or state.update % spec.evaluate_every == 0):
                 self._evaluate()
             every = spec.checkpoint_every or spec.evaluate_every
-            if last or state.update % every == 0:
+            if self.stopped is None and (last or state.update % every == 0):
                 self._save()
             self.observer.progress(state.update, self.updates, "update", "PPO")
 
-    def _update(self) -> None:
+    def _stop_if_asked(self, stop_requested: Callable[[], bool]) -> None:
+        """Write a checkpoint and end, if somebody wants it; only where the state is that of whole updates."""
+        if agreed(stop_requested()):
+            self._save()
+            raise TrainingStoppedError(
+                f"PPO was stopped at update {self.state.update} of {self.updates}",
+                fix="start it again with the same checkpoint folder" if self.folder else "give a checkpoint folder",
+            )
+
+    def _update(self, stop_requested: Callable[[], bool]) -> None:
         """Draw a rollout, look at it, learn from it."""
         spec, state = self.spec, self.state
         before = dict(state.seconds)
         rollout = self._collect(self._next_prompts(), [self.seed, _ROLLOUT, state.update])
+        self._stop_if_asked(stop_requested)  # nothing has changed yet; the same rollout is drawn again
         cost = None
         if state.multiplier is not None:
             cost = _mean(rollout.signals["cost"].scores_B)

@@ -37,6 +37,23 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return total
 
 
+def agreed(flag: bool) -> bool:
+    """True on every rank if it is true on any: all ranks stop at the same step, or none does."""
+    if world()[1] == 1:
+        return flag
+    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+    return bool(sum_over_ranks(torch.tensor(float(flag), device=device)) > 0)
+
+
+def from_first(value: Item) -> Item:
+    """Rank 0's value, on every rank."""
+    if world()[1] == 1:
+        return value
+    box = [value]
+    distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Add up the gradients of all ranks in one message. A parameter without a gradient counts as zero."""
     if world()[1] == 1:

@@ -18,14 +18,13 @@ import torch
 from torch import Tensor
 
 from tunegate.data.records import Preference, Rating
-from tunegate.errors import DataError, TrainingError
+from tunegate.errors import DataError, TrainingError, TrainingStoppedError
 from tunegate.observer import NullObserver, Observer
 from tunegate.storage.manifest import digest_json
 from tunegate.training.batching import shuffled, steps_of_rows, token_budget_batches
 from tunegate.training.chat import Chat
 from tunegate.training.checkpoint import (
     CheckpointFolder,
-    TrainingStoppedError,
     model_digest,
     rng_state,
     seed_everything,
@@ -34,6 +33,7 @@ from tunegate.training.checkpoint import (
 from tunegate.training.config import RewardSpec
 from tunegate.training.lora import add_lora, merge_lora
 from tunegate.training.measure import peak_memory_bytes, release_memory
+from tunegate.training.mirror import Mirror
 from tunegate.training.models import (
     checkpoint_activations,
     effective_max_length,
@@ -43,7 +43,7 @@ from tunegate.training.models import (
     precision_of,
 )
 from tunegate.training.optim import Optimizer
-from tunegate.training.ranks import share, sum_over_ranks, world
+from tunegate.training.ranks import agreed, share, sum_over_ranks, world
 from tunegate.training.results import RewardEvaluation, RewardResult
 from tunegate.training.reward_data import (
     Item,
@@ -77,6 +77,7 @@ def train_reward(
     seed: int,
     observer: Observer | None = None,
     checkpoints: Path | None = None,
+    mirror: Mirror | None = None,
     stop_requested: Callable[[], bool] | None = None,
 ) -> RewardResult:
     """Train a reward model and write it as a plain folder with `reward_head.json` and `training.json`.
@@ -92,6 +93,7 @@ def train_reward(
         seed: Of the head, adapters, shuffles and folds.
         observer: Told losses, accuracy, throughput and progress.
         checkpoints: Folder to resume from and to write checkpoints to; unset means neither.
+        mirror: Where copies of the checkpoints go, so that another machine can resume.
         stop_requested: Asked before each step; when true, a checkpoint is written and training stops.
 
     Raises:
@@ -115,6 +117,7 @@ def train_reward(
             ),
             keep=spec.keep_checkpoints,
             observer=observer,
+            mirror=mirror,
         )
     raw_N = run.fit(stop_requested or (lambda: False))
     scale = data.scale
@@ -298,7 +301,7 @@ class _Run:
         self._resume()
         state = self.progress
         while state.step < len(plan):
-            if stop_requested():
+            if agreed(stop_requested()):
                 self._save()
                 raise TrainingStoppedError(
                     f"reward model training was stopped at step {state.step} of {len(plan)}",

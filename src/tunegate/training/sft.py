@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from tunegate.data.records import Conversation
-from tunegate.errors import DataError, TrainingError
+from tunegate.errors import DataError, TrainingError, TrainingStoppedError
 from tunegate.observer import NullObserver, Observer
 from tunegate.storage.manifest import digest_json
 from tunegate.training.answers import (
@@ -31,7 +31,6 @@ from tunegate.training.batching import shuffled, steps_of_rows, steps_of_tokens
 from tunegate.training.chat import Chat
 from tunegate.training.checkpoint import (
     CheckpointFolder,
-    TrainingStoppedError,
     model_digest,
     rng_state,
     seed_everything,
@@ -40,6 +39,7 @@ from tunegate.training.checkpoint import (
 from tunegate.training.config import Precision, SFTSpec
 from tunegate.training.lora import add_lora, merge_lora
 from tunegate.training.measure import peak_memory_bytes, release_memory
+from tunegate.training.mirror import Mirror
 from tunegate.training.models import (
     checkpoint_activations,
     effective_max_length,
@@ -50,7 +50,7 @@ from tunegate.training.models import (
     save_model,
 )
 from tunegate.training.optim import Optimizer
-from tunegate.training.ranks import share, sum_over_ranks, world
+from tunegate.training.ranks import agreed, share, sum_over_ranks, world
 from tunegate.training.results import NLL, HeldoutPoint, SFTResult
 
 RESULT_FILE = "training.json"
@@ -93,6 +93,7 @@ def train_sft(
     seed: int,
     observer: Observer | None = None,
     checkpoints: Path | None = None,
+    mirror: Mirror | None = None,
     stop_requested: Callable[[], bool] | None = None,
 ) -> SFTResult:
     """Fine-tune a model on conversations and write the result as a plain model folder with `training.json`.
@@ -106,6 +107,7 @@ def train_sft(
         seed: Of shuffles, adapters and noise.
         observer: Told losses, learning rate, throughput and progress.
         checkpoints: Folder to resume from and to write checkpoints to; unset means neither.
+        mirror: Where copies of the checkpoints go, so that another machine can resume.
         stop_requested: Asked before each step; when true, a checkpoint is written and training stops.
 
     Raises:
@@ -133,7 +135,7 @@ def train_sft(
     if checkpoints is not None:
         settings = ["sft", spec.model_dump(mode="json"), seed, model_digest(model), [row.ids for row in encoded.rows]]
         folder = CheckpointFolder(
-            checkpoints, fingerprint=digest_json(settings), keep=spec.keep_checkpoints, observer=observer
+            checkpoints, fingerprint=digest_json(settings), keep=spec.keep_checkpoints, observer=observer, mirror=mirror
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".sft-") as scratch:
@@ -220,7 +222,7 @@ class _Run:
             state.before_sums, state.before_tokens = before.sums, before.tokens
             self.observer.metrics({"sft/heldout_nll": before.mean}, 0)
         while state.step < len(self.plan) and not self._out_of_patience():
-            if stop_requested():
+            if agreed(stop_requested()):
                 self._save()
                 raise TrainingStoppedError(
                     f"supervised fine-tuning was stopped at step {state.step} of {len(self.plan)}",

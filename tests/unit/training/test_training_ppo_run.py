@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from tunegate.data.records import Prompt
-from tunegate.errors import DataError, SpecError, TrainingError
+from tunegate.errors import DataError, SpecError, TrainingError, TrainingStoppedError
 from tunegate.observer import RecordingObserver
-from tunegate.training.checkpoint import CheckpointFolder, TrainingStoppedError
+from tunegate.training.checkpoint import CheckpointFolder
 from tunegate.training.heldout import measure, paired_difference
 from tunegate.training.ppo import train_ppo
 from tunegate.training.ppo_config import PPOSpec, WatchdogSpec
@@ -167,7 +167,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tiny_model, tiny_reward, tmp_pat
     options = changes | {"reward_function": None, "reward": tiny_reward, "prompts_per_update": 6, "epochs": 1}
     straight = run(tiny_model, tmp_path / "a", checkpoints=tmp_path / "ca", checkpoint_every=1, **options)
 
-    asked = iter([False, False, True])
+    asked = iter([False] * 4 + [True])  # twice an update: before it, and when its rollout is drawn
     with pytest.raises(TrainingStoppedError, match="update 2 of 4"):
         run(tiny_model, tmp_path / "b", checkpoints=tmp_path / "cb", stop_requested=lambda: next(asked), **options)
     torch.manual_seed(99)  # whatever the process did in between

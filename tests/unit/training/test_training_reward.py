@@ -12,11 +12,10 @@ from scipy.stats import binomtest
 from training_samples import make_preferences, make_ratings
 
 from tunegate.data.records import Preference, Rating
-from tunegate.errors import DataError, ModelError
+from tunegate.errors import DataError, ModelError, TrainingStoppedError
 from tunegate.observer import RecordingObserver
 from tunegate.training.batching import pad_right
 from tunegate.training.chat import Chat
-from tunegate.training.checkpoint import TrainingStoppedError
 from tunegate.training.config import LoraSpec, ModelSpec, RewardSpec
 from tunegate.training.models import init_score_head, load_sequence_scorer, resolve_model
 from tunegate.training.results import RewardResult, Share

@@ -10,11 +10,10 @@ from torch.nn.functional import cross_entropy
 from training_samples import make_conversations
 
 from tunegate.data.records import Conversation
-from tunegate.errors import DataError, SpecError
+from tunegate.errors import DataError, SpecError, TrainingStoppedError
 from tunegate.observer import NullObserver, RecordingObserver
 from tunegate.training import sft
 from tunegate.training.answers import answer_loss, encode_conversations, microbatches, padded
-from tunegate.training.checkpoint import TrainingStoppedError
 from tunegate.training.config import LoraSpec, ModelSpec, SFTSpec
 from tunegate.training.models import load_causal_lm, resolve_model
 from tunegate.training.sft import mean_answer_nll, plan_steps, train_sft
