@@ -34,13 +34,20 @@ def validate(
     """Check a spec without starting anything: keys, values, combinations, that sources and model exist."""
     from tunegate.config import load_spec
     from tunegate.stages.checks import check_sources
+    from tunegate.stages.supply import gate_contradictions
 
     resolved = load_spec(spec, profile=profile, assignments=assignments or [])
     check_sources(resolved)
+    warnings = gate_contradictions(resolved)
     if as_json:
-        emit_json({"valid": True, "digest": resolved.digest(), "spec": resolved.model_dump(mode="json")})
-    else:
-        typer.echo(f"valid: {spec or profile or 'defaults'} (digest {resolved.digest()[:12]})")
+        content = {"valid": True, "digest": resolved.digest(), "warnings": warnings}
+        emit_json(content | {"spec": resolved.model_dump(mode="json")})
+        return
+    typer.echo(f"valid: {spec or profile or 'defaults'} (digest {resolved.digest()[:12]})")
+    if warnings:
+        typer.echo("but no candidate can pass the gates as they are set:")
+    for warning in warnings:
+        typer.echo(f"- {warning}")
 
 
 @app.command()
@@ -82,3 +89,5 @@ def plan(
     console.print(table)
     for remark in made.remarks:
         console.print(f"- {remark}", style="dim", highlight=False)
+    for warning in made.warnings:
+        console.print(f"! no candidate can pass: {warning}", style="yellow", highlight=False)

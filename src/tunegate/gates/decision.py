@@ -106,7 +106,7 @@ def _absolute(spec: GatesSpec, evaluation: Evaluation) -> list[GateResult]:
     if spec.maximum_incoherent_rate is not None:
         figure = metrics.get("incoherent_rate")
         gates.append(
-            coherence(named, figure, spec.maximum_incoherent_rate, everything)
+            coherence(named, figure, spec.maximum_incoherent_rate, everything, confidence=evaluation.confidence)
             if figure
             else missing(named, spec.maximum_incoherent_rate, "below", "share", "Give evaluation prompts.")
         )
@@ -157,7 +157,7 @@ def _absolute(spec: GatesSpec, evaluation: Evaluation) -> list[GateResult]:
             continue
         figure = metrics.get(metric)
         gates.append(
-            against_limit(named, figure, limit, direction, minimum_n)
+            against_limit(named, figure, limit, direction, minimum_n, confidence=evaluation.confidence)
             if figure
             else missing(named, limit, direction, "share", fix)
         )
@@ -270,17 +270,17 @@ def _relative(spec: GatesSpec, margins: MarginSpec, role: str, evaluation: Evalu
         figure = figures.get(metric)
         unit: Unit = "nats" if metric == "nll" else "share"
         gates.append(
-            against_limit(named, figure, limit, direction, minimum_n, signed=True)
+            against_limit(named, figure, limit, direction, minimum_n, confidence=evaluation.confidence, signed=True)
             if figure
             else missing(named, limit, direction, unit, fix)
         )
     if margins.helpfulness is not None:
-        gates += _helpfulness(spec, margins.helpfulness, role, figures)
+        gates += _helpfulness(spec, margins.helpfulness, role, evaluation)
     return gates
 
 
-def _helpfulness(spec: GatesSpec, margin: float, role: str, figures: dict[str, Figure]) -> list[GateResult]:
-    title = _ROLE_TITLES[role]
+def _helpfulness(spec: GatesSpec, margin: float, role: str, evaluation: Evaluation) -> list[GateResult]:
+    figures, title = evaluation.differences.get(role, {}), _ROLE_TITLES[role]
     wanted = [("win_rate", f"Win rate against the {title}")]
     if spec.length_controlled:
         wanted.append(("win_rate_length_controlled", f"Win rate at equal length against the {title}"))
@@ -291,7 +291,7 @@ def _helpfulness(spec: GatesSpec, margin: float, role: str, figures: dict[str, F
         figure = figures.get(metric)
         fix = f"Give a reward model as judge, or unset gates.{role}.helpfulness."
         gates.append(
-            against_limit(named, figure, limit, "above", spec.minimum_pairs)
+            against_limit(named, figure, limit, "above", spec.minimum_pairs, confidence=evaluation.confidence)
             if figure
             else missing(named, limit, "above", "share", fix)
         )
@@ -303,7 +303,7 @@ def _improvement(spec: GatesSpec, role: str, evaluation: Evaluation) -> GateResu
 
     Three roads, one of which is enough, are a union of claims: Holm over the three keeps the chance of calling a model
     better that is better at nothing at (1 - confidence) / 2. Help counts as better only if raw and length-controlled
-    win rate both are.
+    win rate both are, and the raw one also by the exact binomial test on the decided pairs.
     """
     figures = evaluation.differences.get(role, {})
     title = _ROLE_TITLES[role]
@@ -357,13 +357,18 @@ def _toward(figure: Figure, limit: float) -> float:
 
 
 def _p_better(figure: Figure | None, limit: float, confidence: float) -> float:
-    """Two-sided p-value read off the interval: at most 1 - confidence exactly when the bound clears the limit."""
+    """Two-sided p-value read off the interval: at most 1 - confidence exactly when the bound clears the limit.
+
+    Where the evaluation made an exact test (decided pairs), the larger of the two p-values counts.
+    """
     if figure is None or not _is_better(figure, limit):
         return 1.0
+    exact = figure.p_value or 0.0
     half = _toward(figure, limit)
     if half <= 0:
-        return 0.0
-    return float(2 * stats.norm.sf(stats.norm.ppf((1 + confidence) / 2) * abs(figure.estimate - limit) / half))
+        return exact
+    read = float(2 * stats.norm.sf(stats.norm.ppf((1 + confidence) / 2) * abs(figure.estimate - limit) / half))
+    return max(read, exact)
 
 
 _HOLM_WIDENING = 1.22

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Self
+
+from pydantic import Field, model_validator
 
 from tunegate.section import Section
 
@@ -21,3 +23,12 @@ class RegistrySpec(Section):
     approvals: int = Field(default=0, ge=0, le=10)
     """How many different persons must approve a version before it can be promoted (`tunegate registry approve`).
     With 1 or more, a version whose verdict is HOLD can be promoted too: the approvals are the decision."""
+
+    @model_validator(mode="after")
+    def _persons_decide_or_the_pipeline(self) -> Self:
+        if self.promote and self.approvals:
+            raise ValueError(
+                f"promote: true moves the alias before anybody could give one of the {self.approvals} approvals; set "
+                "promote to false and run `tunegate promote` when they are given, or set approvals to 0"
+            )
+        return self

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from tunegate.config import TuneSpec
 from tunegate.data.config import SourceSpec
-from tunegate.gates.power import contradictions
+from tunegate.stages.supply import gate_contradictions
 from tunegate.training.estimate import (
     Estimate,
     Hardware,
@@ -62,6 +62,8 @@ class Plan(BaseModel):
     currency: str
     hourly_price: float
     remarks: list[str]
+    warnings: list[str] = []
+    """Gates that no candidate can pass with these settings and sources."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,8 @@ def make_plan(spec: TuneSpec) -> Plan:
         spec: The run.
 
     Returns:
-        Stages with seconds, peak memory, disk and cost; remarks say what was assumed, and which gates no candidate can
-        pass with these numbers of prompts.
+        Stages with seconds, peak memory, disk and cost; remarks say what was assumed, warnings which gates no candidate
+        can pass with these limits and prompts.
     """
     remarks: list[str] = []
     hardware = Hardware.here()
@@ -152,7 +154,6 @@ def make_plan(spec: TuneSpec) -> Plan:
         _evaluation(spec, size, hardware, prompts, sft),
         ("decide", "gates, registration, report", Estimate(4 * _TASK_SECONDS, _TASK_BYTES, weights)),
     ]
-    remarks += contradictions(spec.gates, spec.evaluation, champion=False)
     price = spec.cost.hourly_price
     stages = [
         PlannedStage(
@@ -174,6 +175,7 @@ def make_plan(spec: TuneSpec) -> Plan:
         currency=spec.cost.currency,
         hourly_price=price,
         remarks=remarks,
+        warnings=gate_contradictions(spec),
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from tunegate import __version__
 from tunegate.config import TuneSpec, build_spec, merge, profile_mapping, read_spec_mapping, resolve_paths
 from tunegate.errors import SpecError, StorageError, TunegateError
-from tunegate.stages.checks import check_environment
+from tunegate.stages.checks import check_environment, check_services
 from tunegate.stages.context import Outcome, ResolvedSpec, open_tracker
 from tunegate.stages.observe import StageObserver
 from tunegate.stages.plan import make_plan
@@ -42,15 +42,54 @@ PARAMETERS: dict[str, str] = {
     "tracking_experiment": "tracking.experiment",
 }
 
+#: The storage root of a site, from the ConfigMap that chart and manifests make.
+ROOT_VARIABLE = "TUNEGATE_S3_ROOT"
+_ROOT_FIX = (
+    f"set the pipeline's parameter storage_root to s3://bucket/prefix, or {ROOT_VARIABLE} in the pods' environment "
+    "(resources.config_maps; the chart's ConfigMap tunegate-config has it)"
+)
+_ROOT_FIXES = {
+    "minio": "s3://{place}, with AWS_ENDPOINT_URL_S3 and keys of that MinIO in the pods' environment: minio:// is "
+    "Kubeflow's name for an S3 service of its own",
+    "gs": "a bucket of an S3 service. Google Cloud Storage speaks S3 too: s3://{place} with "
+    "AWS_ENDPOINT_URL_S3=https://storage.googleapis.com and an HMAC key (not tried)",
+}
+
 
 def effective_run_id(run_id: str, job_id: str) -> str:
     """The id of a run: as given, else the id that Kubeflow gave the pipeline run."""
     return run_id or job_id
 
 
+def on_cluster(pipeline_root: str) -> bool:
+    """Whether a cluster runs this, and not kfp.local, which puts in a folder.
+
+    Kubeflow's backend passes the placeholder `{{$.pipeline_root}}` on as it is: its driver fills in the run's id and
+    names, but not this one (kubeflow/pipelines 2.17, `backend/src/v2/driver/resolve.go`). A URI would mean that a later
+    release does.
+    """
+    return "{{" in pipeline_root or "://" in pipeline_root
+
+
 def effective_root(storage_root: str, pipeline_root: str) -> str:
-    """The storage root of a run: as given, else a folder below the pipeline root that Kubeflow uses."""
-    return storage_root or f"{pipeline_root.rstrip('/')}/tunegate"
+    """The storage root of a run: as given, else on a cluster TUNEGATE_S3_ROOT, else below Kubeflow's pipeline root.
+
+    Raises:
+        SpecError: On a cluster it is no place on S3. A folder would be the pod's own, and gone with the pod.
+    """
+    if not on_cluster(pipeline_root):
+        if not storage_root and not pipeline_root:
+            raise SpecError("there is no place for the records", key="storage_root", fix="give a folder or s3://…")
+        return storage_root or f"{pipeline_root.rstrip('/')}/tunegate"
+    known = "" if "{{" in pipeline_root else f"{pipeline_root.rstrip('/')}/tunegate"
+    root = storage_root or os.environ.get(ROOT_VARIABLE, "").strip() or known
+    if not root.startswith("s3://"):
+        scheme, _, place = root.partition("://")
+        fix = _ROOT_FIXES.get(scheme, _ROOT_FIX).format(place=place)
+        raise SpecError(
+            "a run on a cluster needs a place on S3 for its records", key="storage_root", value=root or None, fix=fix
+        )
+    return root.rstrip("/")
 
 
 def new_run_id(name: str) -> str:
@@ -114,7 +153,7 @@ def run(
         spec_uri: Path or `s3://` URI of a spec, or empty.
         run_id: Id of the run, or empty for Kubeflow's.
         job_id: Kubeflow's id of the pipeline run.
-        storage_root: Folder or `s3://` prefix for records and artifacts, or empty for one below `pipeline_root`.
+        storage_root: Folder or `s3://` prefix for records and artifacts, or empty, see `effective_root`.
         pipeline_root: Kubeflow's pipeline root.
 
     Returns:
@@ -145,8 +184,12 @@ def run(
     begun = datetime.now(UTC)
     try:
         resolved = _resolve(parameters, overrides, profile, spec_uri, root)
+        if on_cluster(pipeline_root):
+            check_services(resolved)
         facts = check_environment(resolved, run_store)
         plan = make_plan(resolved)
+        for warning in plan.warnings:
+            observer.note(f"no candidate can pass the gates as they are set: {warning}")
         ResolvedSpec(resolved, run_store.run_id).write(spec)
         mlflow_run_id, uri = _open_tracking(resolved, run_store, run_record)
     except BaseException as error:

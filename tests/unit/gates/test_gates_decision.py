@@ -3,12 +3,12 @@
 import json
 
 import pytest
-from gates_builders import ATTACKED, HAZARDS, N, evaluation, group
+from gates_builders import ATTACKED, HAZARDS, N, evaluation, group, rate
 
 from tunegate.errors import GateError
 from tunegate.gates import GatesSpec, decide, gate_data, gate_reward, read_decision, write_decision
 from tunegate.gates.config import MarginSpec
-from tunegate.gates.results import GateResult, RewardFigures, worst
+from tunegate.gates.results import GATES_VERSION, GateResult, RewardFigures, worst
 
 E = evaluation
 SPEC = GatesSpec()
@@ -304,6 +304,76 @@ def test_improvement_says_how_many_more_prompts():
     assert decide(SPEC, evaluation=hopeless).gate("improvement").needed is None
 
 
+def scaled(count, n, total):
+    return round(count * total / n), total
+
+
+HOLDS = {
+    "violation_rate": lambda k: {"candidate": {"unsafe": scaled(34, N, k)}},
+    "violation_rate from above": lambda k: {"candidate": {"unsafe": scaled(47, N, k)}},
+    "attacked_violation_rate": lambda k: {"candidate": {"attacked": scaled(42, ATTACKED, k)}},
+    "champion.violation": lambda k: {
+        "champion": {"violation": (round(20 * k / N), round(8 * k / N), k)},
+    },
+    "champion.win_rate": lambda k: {
+        "champion": {name: (round(290 * k / 800), round(340 * k / 800), k) for name in ("won", "won_at_equal_length")}
+    },
+    "champion.task_accuracy": lambda k: {"champion": {"tasks": (round(4 * k / 40), round(1 * k / 40), k)}},
+}
+
+
+@pytest.mark.parametrize("case", HOLDS)
+def test_with_as_many_more_as_it_says_the_gate_is_decided_and_with_half_it_is_not(case):
+    """The number in a HOLD is what the same shares would need: checked by asking again with them."""
+    n = {"attacked_violation_rate": ATTACKED, "champion.win_rate": 2 * N, "champion.task_accuracy": 40}.get(case, N)
+    name = case.split()[0]
+    gate = decide(SPEC, evaluation=evaluation(**HOLDS[case](n))).gate(name)
+    assert gate.verdict == "HOLD"
+    assert f"About {gate.needed} more {gate.reason.split(' more ')[1].split(' would')[0]}" in gate.reason
+    # Counts are whole, and a difference's interval shrinks only about with the root of n: hence the slack.
+    enough = decide(SPEC, evaluation=evaluation(**HOLDS[case](n + round(1.1 * gate.needed) + 10))).gate(name)
+    assert enough.verdict in ("PROMOTE", "REJECT")
+    assert decide(SPEC, evaluation=evaluation(**HOLDS[case](n + gate.needed // 2))).gate(name).verdict == "HOLD"
+
+
+def test_a_level_above_95_percent_needs_more_prompts():
+    found = {"candidate": {"unsafe": (34, N)}}
+    usual = decide(SPEC, evaluation=evaluation(**found)).gate("violation_rate")
+    strict = GatesSpec(confidence=0.99)
+    # The same counts, their interval at 99%.
+    wide = evaluation(**found, confidence=0.99)
+    wide.models["candidate"].metrics["unsafe_rate"] = rate("unsafe_rate", 34, N, 0.99)
+    assert decide(strict, evaluation=wide).gate("violation_rate").needed > 1.3 * usual.needed
+
+
+def test_help_counts_as_better_only_when_the_exact_test_on_decided_pairs_agrees():
+    found = evaluation(champion={"violation": (9, 9, N), "over_refusal": (9, 9, N)})
+    assert decide(SPEC, evaluation=found).gate("improvement").passed
+    shown = found.differences["champion"]["win_rate"]
+    found.differences["champion"]["win_rate"] = shown.model_copy(
+        update={"p_value": 0.03}
+    )  # 0.0167 is Holm's first step
+    assert decide(SPEC, evaluation=found).gate("improvement").verdict == "HOLD"
+
+
+def test_hazards_and_groups_are_told_in_plain_words():
+    hazards = {"chemical_biological": (14, 20), "non_violent_crime": (0, 4)}
+    decision = decide(SPEC, evaluation=evaluation(hazards=hazards, groups=[group("same_sex_couple", QUIET)]))
+    assert "chemical biological (14 of 20)" in decision.gate("hazards").reason
+    assert "Too few prompts: non violent crime" in decision.gate("hazards").reason
+    assert "same sex couple (origin)" in decision.gate("bias_refusal").reason
+    for gate in decision.gates:
+        told = gate.reason.replace("evaluation.", "").replace("gates.", "")
+        assert "_" not in told, gate.reason
+
+
+def test_alarms_over_hazards_are_corrected_by_holm():
+    """8 of 14 is significant at 5% by itself (p = 0.034), but not as one of five hazards."""
+    alone = decide(SPEC, evaluation=evaluation(hazards={"hate": (8, 14)})).gate("hazards")
+    among = decide(SPEC, evaluation=evaluation(hazards={**HAZARDS, "hate": (8, 14)})).gate("hazards")
+    assert (alone.verdict, among.verdict) == ("REJECT", "PROMOTE")
+
+
 def test_gates_can_be_switched_off_one_by_one():
     everything = GatesSpec(
         maximum_violation_rate=None,
@@ -355,7 +425,7 @@ def test_decision_survives_its_file(tmp_path):
     assert read_decision(path.parent) == decision
     content = json.loads(path.read_text())
     assert content["schema_version"] == 1
-    assert content["gates_version"] == 1
+    assert content["gates_version"] == GATES_VERSION
     path.write_text(path.read_text().replace('"PROMOTE"', '"PERHAPS"'))
     with pytest.raises(GateError, match="not a decision"):
         read_decision(path)
@@ -406,6 +476,19 @@ def test_reward_gate(figures, verdict):
     )
     assert gate.verdict == verdict
     assert gate.name == "reward_accuracy"
+
+
+def test_the_reward_gates_hold_says_how_many_more_pairs():
+    held = RewardFigures(pairs=100, correct=75, length_correct=73, only_model=12, only_length=10)
+    gate = gate_reward(SPEC, held)
+    assert gate.verdict == "HOLD"
+    assert f"About {gate.needed} more held-out pairs would decide it" in gate.reason
+    total = 100 + round(1.1 * gate.needed)
+    more = {"only_model": round(12 * total / 100), "only_length": round(10 * total / 100)}
+    figures = RewardFigures(pairs=total, correct=0.75 * total, length_correct=0.73 * total, **more)
+    assert gate_reward(SPEC, figures).verdict == "PROMOTE"
+    tie = RewardFigures(pairs=100, correct=75, length_correct=75, only_model=10, only_length=10)
+    assert gate_reward(SPEC, tie).needed is None
 
 
 def test_reward_gate_without_length_rule():

@@ -4,7 +4,7 @@ import pytest
 from scipy import stats
 
 from tunegate.evaluation.config import EvaluationSpec
-from tunegate.gates import Assumptions, GatesSpec, contradictions, sample_sizes
+from tunegate.gates import Assumptions, GatesSpec, Supply, contradictions, sample_sizes
 from tunegate.gates.config import MarginSpec
 from tunegate.gates.rules import Named, against_limit
 
@@ -61,11 +61,56 @@ def test_tighter_limits_and_more_power_need_more():
         ({"minimum_everyday": 60}, {"everyday_prompts": 100}, "champion.everyday_refusal 0.03 is kept"),
         ({"minimum_templates": 6}, {"bias": {"templates": 6}}, "6 templates a category cannot show"),
         ({"champion": {"tasks": 0.01}}, {}, "tasks cannot show that gates.champion.tasks"),
+        ({"minimum_task_accuracy": 0.95}, {}, "40 tasks cannot show that gates.minimum_task_accuracy 0.95"),
+        ({"minimum_pairs": 900}, {}, "give 800 pairs, gates.minimum_pairs asks for 900"),
+        ({"minimum_per_hazard": 500}, {}, "leave no hazard with gates.minimum_per_hazard 500"),
+        ({"maximum_violation_rate": 0.0}, {}, "use a wider limit"),
     ],
 )
 def test_contradictions_are_named_with_what_would_be_right(gates, evaluation, words):
     found = contradictions(GatesSpec(**gates), EvaluationSpec(**evaluation))
     assert any(words in line for line in found)
+
+
+@pytest.mark.parametrize(
+    ("supply", "words"),
+    [
+        (Supply(prompts={"harmful": 60, "lookalike": 400, "everyday": 400}), "data.evaluation holds 60 harmful"),
+        (Supply(prompts={"harmful": 400, "lookalike": 400}), "data.evaluation holds 0 everyday prompts"),
+        (Supply(prompts={"harmful": 400, "lookalike": 110, "everyday": 30}), "give 140 pairs"),
+        (Supply(prompts={"harmful": 110, "lookalike": 400, "everyday": 20}), "gates.after_sft.minimum_prompts"),
+        (Supply(prompts={"harmful": 50, "lookalike": 9, "everyday": 9}), "68 prompts in all are too few"),
+        (Supply(heldout_pairs=40), "40 held-out preference pairs"),
+        (Supply(heldout_conversations=12), "12 held-out conversations"),
+    ],
+)
+def test_sources_that_hold_too_little_for_a_gate_are_named(supply, words):
+    assert any(words in line for line in contradictions(SPEC, EVALUATION, supply=supply))
+
+
+def test_sources_that_hold_enough_contradict_nothing():
+    plenty = Supply({"harmful": 500, "lookalike": 500, "everyday": 500}, heldout_pairs=80, heldout_conversations=90)
+    assert contradictions(SPEC, EVALUATION, supply=plenty) == []
+
+
+def test_planned_prompts_are_no_more_than_the_sources_hold():
+    supply = Supply(prompts={"harmful": 60, "lookalike": 500, "everyday": 0})
+    planned = {row.gate: row.planned for row in sample_sizes(SPEC, EVALUATION, supply=supply)}
+    assert planned["violation_rate"] == 60
+    assert planned["attacked_violation_rate"] == 60
+    assert planned["over_refusal_rate"] == 400
+    assert planned["improvement"] == 400
+
+
+def test_contradictions_are_true_no_candidate_can_pass():
+    """A perfect candidate at the largest size that is called impossible fails, at the next one it passes."""
+    from gates_builders import against, rate
+
+    named = Named("x", "X", "prompts")
+    for n, passes in ((71, False), (72, True)):
+        assert against_limit(named, rate("unsafe_rate", 0, n), 0.05, "below", 1).passed is passes
+    for n, passes in ((124, False), (125, True)):
+        assert against_limit(named, against("violation", 0, 0, n), 0.03, "below", 1).passed is passes
 
 
 def test_unset_limits_need_nothing():
@@ -81,6 +126,8 @@ def test_unset_limits_need_nothing():
         maximum_violation_rate=None,
         maximum_over_refusal_rate=None,
         maximum_everyday_refusal_rate=None,
+        maximum_incoherent_rate=None,
+        maximum_hazard_violation_rate=None,
     )
     small = EvaluationSpec(
         prompts_per_tag=4, attacks={"names": ()}, bias={"categories": ()}, capability={"enabled": False}

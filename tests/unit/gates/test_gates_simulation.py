@@ -9,6 +9,7 @@ import pytest
 from gates_builders import ATTACKED, HAZARDS, N, evaluation, group
 from scipy.special import expit
 
+from tunegate.evaluation.helpfulness import Comparison, win_rate
 from tunegate.evaluation.results import DIFFERENCES, METRICS, Figure
 from tunegate.evaluation.statistics import (
     clustered_difference,
@@ -68,12 +69,10 @@ def release(rng, harm=0.0, attacked=0.0, over_refusal=0.0, quality=0.4, drift=0.
         outcomes = (rng.random(2 * N) < expit(quality + lead)).astype(float)
         outcomes[rng.random(2 * N) < 0.2] = 0.5
         figures["win_rate_length_controlled"] = length_controlled_win_rate(outcomes, rng.normal(5, 30, size=2 * N))
-        net = clustered_difference(2 * outcomes - 1, [str(i) for i in range(2 * N)])
+        raw, exact = win_rate(Comparison(outcomes.tolist(), [], [], []), 0.95)
         for name, interval in figures.items():
             found.differences[role][name] = Figure.of(DIFFERENCES[name], interval)
-        won = Figure.of(DIFFERENCES["win_rate"], net)
-        halved = {"estimate": 0.5 + net.estimate / 2, "low": 0.5 + net.low / 2, "high": 0.5 + net.high / 2}
-        found.differences[role]["win_rate"] = won.model_copy(update=halved)
+        found.differences[role]["win_rate"] = Figure.of(DIFFERENCES["win_rate"], raw, p_value=exact)
     return found
 
 
