@@ -13,7 +13,7 @@ from tunegate.errors import TunegateError
 
 EXIT_CODES = """
 Exit codes: 0 promoted, or registered as asked; 1 a crash; 2 bad input; 3 a gate said HOLD; 4 REJECT; 5 INVALID;
-130 interrupted (tunegate resume RUN goes on).
+75 training stopped with a checkpoint, try again; 130 interrupted (tunegate resume RUN goes on).
 """
 
 app = typer.Typer(
