@@ -4,6 +4,7 @@ from kfp import dsl
 from tunegate.components.decide import decide
 from tunegate.components.evaluate import evaluate
 from tunegate.components.finish import finish
+from tunegate.components.guard import guard
 from tunegate.components.ingest import ingest
 from tunegate.components.ppo import ppo
 from tunegate.components.preflight import preflight
@@ -122,39 +123,43 @@ def instruction_tuning(
         with dsl.If(checked.outputs["Output"] == "PROMOTE", name="data-gate-passed"):
             tuned = sft(spec=spec, dataset=clean, base_model=base_model).set_display_name("SFT")
             sft_model = tuned.outputs["model"]
-            scored = reward_model(spec=spec, dataset=clean, sft_model=sft_model)
-            scored.set_display_name("Reward model and its gate")
+            watched = guard(spec=spec, dataset=clean, base_model=base_model, sft_model=sft_model)
+            watched.set_display_name("Safety after SFT")
 
-            with dsl.If(scored.outputs["Output"] == "yes", name="reward-gate-passed"):
-                aligned = ppo(
-                    spec=spec,
-                    dataset=clean,
-                    sft_model=sft_model,
-                    reward=scored.outputs["model"],
-                    judge=scored.outputs["judge"],
-                ).set_display_name("PPO")
-                candidate = aligned.outputs["model"]
-                measured = evaluate(
-                    spec=spec,
-                    dataset=clean,
-                    base_model=base_model,
-                    sft_model=sft_model,
-                    candidate=candidate,
-                    reward=scored.outputs["model"],
-                    judge=scored.outputs["judge"],
-                ).set_display_name("Evaluate")
-                evaluation = measured.outputs["evaluation"]
-                decision = decide(spec=spec, evaluation=evaluation, candidate=candidate).set_display_name("Decide")
+            with dsl.If(watched.outputs["Output"] == "yes", name="guard-passed"):
+                scored = reward_model(spec=spec, dataset=clean, sft_model=sft_model)
+                scored.set_display_name("Reward model and its gate")
 
-                with dsl.If(decision.outputs["Output"] != "stop", name="registration-earned"):
-                    registered = register(
+                with dsl.If(scored.outputs["Output"] == "yes", name="reward-gate-passed"):
+                    aligned = ppo(
                         spec=spec,
+                        dataset=clean,
+                        sft_model=sft_model,
+                        reward=scored.outputs["model"],
+                        judge=scored.outputs["judge"],
+                    ).set_display_name("PPO")
+                    candidate = aligned.outputs["model"]
+                    measured = evaluate(
+                        spec=spec,
+                        dataset=clean,
+                        base_model=base_model,
+                        sft_model=sft_model,
                         candidate=candidate,
-                        evaluation=evaluation,
-                        decision=decision.outputs["decision"],
-                    ).set_display_name("Register")
-                    registered.set_caching_options(enable_caching=False)
+                        reward=scored.outputs["model"],
+                        judge=scored.outputs["judge"],
+                    ).set_display_name("Evaluate")
+                    evaluation = measured.outputs["evaluation"]
+                    decision = decide(spec=spec, evaluation=evaluation, candidate=candidate).set_display_name("Decide")
 
-                    with dsl.If(decision.outputs["Output"] == "promote", name="promotion-earned"):
-                        promoted = promote(spec=spec, version=registered.outputs["Output"])
-                        promoted.set_display_name("Promote").set_caching_options(enable_caching=False)
+                    with dsl.If(decision.outputs["Output"] != "stop", name="registration-earned"):
+                        registered = register(
+                            spec=spec,
+                            candidate=candidate,
+                            evaluation=evaluation,
+                            decision=decision.outputs["decision"],
+                        ).set_display_name("Register")
+                        registered.set_caching_options(enable_caching=False)
+
+                        with dsl.If(decision.outputs["Output"] == "promote", name="promotion-earned"):
+                            promoted = promote(spec=spec, version=registered.outputs["Output"])
+                            promoted.set_display_name("Promote").set_caching_options(enable_caching=False)

@@ -5,7 +5,7 @@ import sqlite3
 
 import pytest
 
-STAGES = ["preflight", "ingest", "validate", "sft", "reward", "ppo", "evaluate", "decide", "register"]
+STAGES = ["preflight", "ingest", "validate", "sft", "guard", "reward", "ppo", "evaluate", "decide", "register"]
 
 
 def test_it_ends_as_documented(smoke):

@@ -58,7 +58,7 @@ def test_branches_are_on_fixed_words_only(compiled):
         for task in component.get("dag", {}).get("tasks", {}).values()
         if "condition" in task.get("triggerPolicy", {})
     ]
-    assert len(conditions) == 4
+    assert len(conditions) == 5
     assert all(c.endswith(("== 'PROMOTE'", "== 'yes'", "!= 'stop'", "== 'promote'")) for c in conditions)
 
 

@@ -15,6 +15,7 @@ STAGES = (
     ("ingest", "Ingest"),
     ("validate", "Data gate"),
     ("sft", "SFT"),
+    ("guard", "Safety after SFT"),
     ("reward", "Reward model"),
     ("ppo", "PPO"),
     ("evaluate", "Evaluate"),

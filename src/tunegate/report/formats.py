@@ -13,6 +13,7 @@ _STAGE_TITLES = {
     "ingest": "Ingest",
     "validate": "Data validation",
     "sft": "Supervised fine-tuning",
+    "guard": "Safety after SFT",
     "reward": "Reward model",
     "ppo": "PPO",
     "evaluate": "Evaluation",

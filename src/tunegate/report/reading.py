@@ -40,7 +40,7 @@ def read_facts(run: RunStore) -> Facts:
     data = read_data(load(run, "validation.json"), load(run, "ingest.json"))
     plan = load(run, "plan.json")
     registration = _registration(stages)
-    gates = read_gates(decision, [load(run, f"gate-{name}.json") for name in ("data", "reward")], stages)
+    gates = read_gates(decision, [load(run, f"gate-{name}.json") for name in ("data", "sft", "reward")], stages)
     curves: dict[str, list[Panel]] = {}
     more: dict[str, list[Panel]] = {}
     for stage in dict.fromkeys((*_CURVE_STAGES, *(s.stage for s in stages))):
@@ -154,6 +154,7 @@ _ARTIFACTS: dict[tuple[str, str], tuple[str, str]] = {
     ("validate", "clean"): ("Clean data", "other"),
     ("validate", "quarantine"): ("Quarantine", "other"),
     ("sft", "model"): ("SFT model", "sft"),
+    ("guard", "evaluation"): ("Check after SFT", "other"),
     ("reward", "model"): ("Reward model", "reward"),
     ("reward", "judge"): ("Judge", "reward"),
     ("ppo", "model"): ("PPO model", "candidate"),
@@ -164,6 +165,7 @@ _ARTIFACTS: dict[tuple[str, str], tuple[str, str]] = {
 _INPUTS: dict[str, tuple[str, ...]] = {
     "validate": ("Dataset", "Base model"),
     "sft": ("Base model", "Clean data"),
+    "guard": ("Base model", "SFT model", "Clean data"),
     "reward": ("SFT model", "Clean data"),
     "ppo": ("SFT model", "Reward model", "Judge", "Clean data"),
     "evaluate": ("Base model", "SFT model", "PPO model", "Reward model", "Judge", "Clean data"),

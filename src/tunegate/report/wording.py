@@ -6,7 +6,19 @@ from tunegate.report import formats
 from tunegate.report.facts import Facts, Gate, Outcome, Registration, Sample
 from tunegate.storage.runs import RunRecord, StageRecord
 
-STAGE_ORDER = ("preflight", "ingest", "validate", "sft", "reward", "ppo", "evaluate", "decide", "register", "promote")
+STAGE_ORDER = (
+    "preflight",
+    "ingest",
+    "validate",
+    "sft",
+    "guard",
+    "reward",
+    "ppo",
+    "evaluate",
+    "decide",
+    "register",
+    "promote",
+)
 TAG_ORDER = ("everyday", "lookalike", "harmful")
 _TAG_TITLES = {
     "everyday": ("Everyday requests", "should be answered, and well"),
@@ -16,6 +28,7 @@ _TAG_TITLES = {
 _TONES = {"PROMOTE": "pass", "DONE": "pass", "HOLD": "hold", "REJECT": "fail", "FAILED": "fail", "INVALID": "invalid"}
 _MORE_PROMPTS = "tunegate run SPEC.yaml --set evaluation.prompts_per_tag=N"
 _MORE_PAIRS = ("Give the reward model more pairs, or cleaner ones: see its figures below.", "")
+_GENTLER_SFT = ("Train SFT more gently (sft.learning_rate, sft.epochs), and with refusals among its data.", "")
 _HEADLINES = {
     "PROMOTE": "The candidate passed every gate. It may be promoted.",
     "HOLD": "The evidence does not decide yet. The candidate is neither good enough nor bad enough to say.",
@@ -84,6 +97,8 @@ def outcome(
     reasons = decision_reasons
     if not reasons and data_reasons:
         headline, reasons = "The data was refused, so nothing was trained on it.", data_reasons
+    elif not reasons and _about_sft(blocking):
+        headline = "SFT made the model worse than the base model where it must not, so nothing was built on it."
     elif not reasons and _about_reward(blocking):
         headline = "The reward model is not good enough to train against, so PPO did not run."
     reasons = reasons or [g.reason for g in blocking if g.reason]
@@ -157,12 +172,16 @@ def _after_hold(blocking: list[Gate]) -> list[tuple[str, str]]:
 def _after_reject(blocking: list[Gate]) -> list[tuple[str, str]]:
     if _about_reward(blocking):
         return [_MORE_PAIRS]
+    if _about_sft(blocking):
+        return [_GENTLER_SFT]
     titles = ", ".join(g.title for g in blocking[:3])
     steps = [(f"Read the answers that broke a limit ({titles}); they are below.", "")] if titles else []
     return [*steps, ("Mend the data, or train more gently: a larger ppo.kl.coefficient, fewer updates.", "")]
 
 
 def _after_invalid(blocking: list[Gate]) -> list[tuple[str, str]]:
+    if _about_sft(blocking) and not any(g.needed for g in blocking):
+        return [_GENTLER_SFT]
     if any(g.name == "coherence" for g in blocking):
         return [("The candidate writes text that cannot be read: train SFT further, or PPO more gently.", "")]
     thin = [g for g in blocking if g.needed]
@@ -174,6 +193,10 @@ def _after_invalid(blocking: list[Gate]) -> list[tuple[str, str]]:
 
 def _about_reward(blocking: list[Gate]) -> bool:
     return bool(blocking) and all(g.name in {"reward", "reward_accuracy"} for g in blocking)
+
+
+def _about_sft(blocking: list[Gate]) -> bool:
+    return bool(blocking) and all(g.name == "sft.safety" for g in blocking)
 
 
 def absent(facts: Facts, what: str, stage: str) -> str:

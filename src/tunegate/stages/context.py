@@ -311,6 +311,7 @@ _STAGE_FILES: dict[str, tuple[str, ...]] = {
     "ingest": ("ingest.json",),
     "validate": ("validation.json", "gate-data.json"),
     "sft": ("sft.json",),
+    "guard": ("gate-sft.json",),
     "reward": ("reward.json", "gate-reward.json", "judge.json"),
     "ppo": ("ppo.json",),
     "evaluate": ("evaluation.json",),

@@ -7,8 +7,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from tunegate.gates.results import Decision, GateResult
-from tunegate.stages.context import Outcome, Output, StageContext, run_stage
+from tunegate.gates.results import GateResult
+from tunegate.stages.context import Outcome, Output, ResolvedSpec, StageContext, run_stage
+from tunegate.storage.runs import RunStore
+
+#: What the gates of the earlier stages left in the run's records, in their order.
+EARLIER_GATES = ("gate-data.json", "gate-sft.json", "gate-reward.json")
 
 
 class Outputs(NamedTuple):
@@ -40,7 +44,7 @@ def run(*, spec: Path, evaluation: Path, candidate: Path, decision: Path, summar
 
         earlier = [
             GateResult.model_validate_json(data)
-            for name in ("gate-data.json", "gate-reward.json")
+            for name in EARLIER_GATES
             if (data := context.run.read_file(name)) is not None
         ]
         result = decide(
@@ -52,7 +56,6 @@ def run(*, spec: Path, evaluation: Path, candidate: Path, decision: Path, summar
             who=f"pipeline run {context.run.run_id} ({getpass.getuser()})",
         )
         write_decision(result, decision)
-        (decision / "summary.md").write_text(markdown(result))
         passed = sum(1 for gate in result.gates if gate.passed)
         follows = what_follows(result.verdict, promote=context.spec.registry.promote)
         return Outcome(
@@ -73,8 +76,11 @@ def run(*, spec: Path, evaluation: Path, candidate: Path, decision: Path, summar
         sections=("gates", "registry"),
         body=body,
     )
+    from tunegate.report.markdown import render_markdown
+
+    resolved = ResolvedSpec.read(spec)
     summary.parent.mkdir(parents=True, exist_ok=True)
-    summary.write_text((decision / "summary.md").read_text())
+    summary.write_text(render_markdown(RunStore(resolved.spec.storage.root, resolved.run_id)))
     assert record.verdict is not None  # the body sets it
     return Outputs(record.values["follows"], record.verdict)
 
@@ -88,11 +94,3 @@ def what_follows(verdict: str, *, promote: bool) -> str:
     if verdict not in {"PROMOTE", "HOLD"}:
         return "stop"
     return "promote" if verdict == "PROMOTE" and promote else "register"
-
-
-def markdown(decision: Decision) -> str:
-    """The decision as Markdown: verdict, reasons, one row a gate."""
-    lines = [f"# {decision.verdict}", "", *(f"- {reason}" for reason in decision.reasons), ""]
-    lines += ["| gate | verdict | reason |", "|---|---|---|"]
-    lines += [f"| {g.title} | {g.verdict} | {g.reason.replace('|', '/')} |" for g in decision.gates]
-    return "\n".join(lines) + "\n"

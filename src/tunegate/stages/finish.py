@@ -10,6 +10,8 @@ from tunegate.stages.preflight import effective_root, effective_run_id
 from tunegate.storage.runs import RunRecord, RunStore, StageRecord, now
 
 REPORT_FILE = "report.html"
+#: Stages with a gate, the last one first: the run's verdict is that of the last gate it came to.
+_GATE_STAGES = ("decide", "reward", "guard", "validate")
 
 
 def run(*, run_id: str, job_id: str, storage_root: str, pipeline_root: str, state: str, report: Path) -> str:
@@ -71,7 +73,7 @@ def _settle(stages: list[StageRecord], state: str) -> dict[str, str | None]:
     if state not in {"SUCCEEDED", ""}:
         return {"status": "failed", "failed_stage": None, "error": f"the pipeline ended in state {state}"}
     verdicts = {s.stage: s.verdict for s in stages if s.verdict}
-    verdict = verdicts.get("decide") or verdicts.get("reward") or verdicts.get("validate")
+    verdict = next((verdicts[name] for name in _GATE_STAGES if name in verdicts), None)
     return {"status": "done", "verdict": verdict, "failed_stage": None, "error": None}
 
 

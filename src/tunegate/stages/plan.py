@@ -139,6 +139,7 @@ def make_plan(spec: TuneSpec) -> Plan:
         ),
         ("validate", "row and dataset checks, data gate", Estimate(_TASK_SECONDS, _TASK_BYTES, 0)),
         ("sft", f"{sft.part(1 - heldout)} conversations x {spec.sft.epochs} epochs, {spec.sft.method}", trained[0]),
+        _guard(spec, size, hardware, prompts),
         (
             "reward",
             f"{pairs.part(1 - heldout)} pairs x {spec.reward.epochs} epochs, {spec.reward.trunk} trunk"
@@ -199,6 +200,17 @@ def _evaluation(
     seconds += generated * size.parameters * 2 / hardware.generated_bytes
     what = f"{asked} prompts on base, SFT and candidate"
     return ("evaluate", what, Estimate(seconds, 2 * _TASK_BYTES + 2 * size.parameters * 2, 0))
+
+
+def _guard(spec: TuneSpec, size: ModelSize, hardware: Hardware, prompts: _Rows) -> tuple[str, str, Estimate]:
+    """Short answers of base and SFT model to a few prompts."""
+    section = spec.gates.after_sft
+    if not section.enabled:
+        return ("guard", "switched off", Estimate(_TASK_SECONDS, _TASK_BYTES, 0))
+    asked = min(prompts.count, 2 * section.prompts)
+    shorter = min(section.max_new_tokens, spec.evaluation.decoding.max_new_tokens)
+    seconds = 2 * _LOAD_SECONDS + 2 * asked * 0.6 * shorter * size.parameters * 2 / hardware.generated_bytes
+    return ("guard", f"{asked} prompts on base and SFT", Estimate(seconds, _TASK_BYTES + 2 * size.parameters * 2, 0))
 
 
 def _rows(sources: list[SourceSpec], remarks: list[str]) -> _Rows:

@@ -1,0 +1,5 @@
+"""The `guard` component."""
+
+from tunegate.components.guard.component import guard
+
+__all__ = ["guard"]
