@@ -27,6 +27,7 @@ from tunegate.training.config import ModelSpec, RewardSpec, SFTSpec
 from tunegate.training.ppo_config import PPOSpec
 
 PROFILES = ("smoke", "demo")
+_BIAS_FILES = ("questions", "template_files")
 
 
 class CostSpec(Section):
@@ -237,14 +238,17 @@ def load_spec(
 
 
 def resolve_paths(spec: TuneSpec, base_dir: Path) -> TuneSpec:
-    """Make the relative paths of data sources, model folder and storage root absolute (others are left as they are).
+    """Make the relative paths of data sources, evaluation sets, model folder and storage root absolute.
 
-    Data and model paths are relative to the spec's folder, the storage root to the working directory.
+    Others are left as they are. The paths of files and of the model are relative to the spec's folder, the storage root
+    to the working directory.
     """
     data: dict[str, Any] = {}
     for kind in ("sft", "preferences", "ratings", "prompts", "evaluation"):
         sources = getattr(spec.data, kind)
         data[kind] = [s.model_copy(update={"uri": _absolute(s.uri, base_dir)}) for s in sources]
+    bias = {key: tuple(_absolute(u, base_dir) for u in getattr(spec.evaluation.bias, key)) for key in _BIAS_FILES}
+    tasks = tuple(_absolute(u, base_dir) for u in spec.evaluation.capability.task_files)
     root = spec.storage.root
     model_source = spec.model.source
     if model_source.startswith(("./", "../", "~")) or (base_dir / model_source).is_dir():
@@ -252,6 +256,12 @@ def resolve_paths(spec: TuneSpec, base_dir: Path) -> TuneSpec:
     return spec.model_copy(
         update={
             "data": spec.data.model_copy(update=data),
+            "evaluation": spec.evaluation.model_copy(
+                update={
+                    "bias": spec.evaluation.bias.model_copy(update=bias),
+                    "capability": spec.evaluation.capability.model_copy(update={"task_files": tasks}),
+                }
+            ),
             "model": spec.model.model_copy(update={"source": model_source}),
             "storage": spec.storage.model_copy(update={"root": _absolute(root, Path.cwd())}),
         }

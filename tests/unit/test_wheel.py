@@ -52,6 +52,7 @@ def test_every_python_file_is_in_the_wheel(wheel_names):
         "tunegate/starter/safety.jsonl",
         "tunegate/starter/preferences.jsonl",
         "tunegate/starter/evaluation.jsonl",
+        "tunegate/starter/bias_questions.jsonl",
     ],
 )
 def test_data_files_are_in_the_wheel(wheel_names, name):

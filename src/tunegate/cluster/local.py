@@ -176,6 +176,10 @@ def _mounts(spec: TuneSpec) -> dict[str, dict[str, str]]:
         for source in getattr(spec.data, kind):
             if source.uri.startswith("/"):
                 paths.add(str(Path(source.uri).parent))
+    bias, capability = spec.evaluation.bias, spec.evaluation.capability
+    for uri in (*bias.questions, *bias.template_files, *capability.task_files):
+        if uri.startswith("/"):
+            paths.add(str(Path(uri).parent))
     return {path: {"bind": path, "mode": "ro"} for path in sorted(paths)}
 
 

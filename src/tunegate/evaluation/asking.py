@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tunegate.data.records import Conversation
+from tunegate.data.records import Conversation, Messages
 from tunegate.errors import DataError
 from tunegate.evaluation.backends import Answerer, Backends, Decoding, Likelihoods, Response
 from tunegate.evaluation.cache import Cache
@@ -91,6 +91,26 @@ class Subject:
             self._cache.put(key, [found.sums, found.tokens])
             return found
         return Likelihoods(*stored)
+
+    def divergence_from(
+        self, reference: Subject, prompts: Sequence[Messages], decoding: Decoding, observer: Observer
+    ) -> list[float] | None:
+        """KL from another model on each prompt, nats an answer; None where it cannot be measured."""
+        if self._backends.divergence is None or not prompts:
+            return None
+        key = self._key(
+            "divergence",
+            reference=reference.digest,
+            prompts=digest_json(list(prompts)),
+            decoding={**decoding.facts(), "temperature": 1.0, "seed": decoding.seed},
+        )
+        stored: list[float] | None = self._cache.get(key)
+        if stored is None:
+            shown = Labelled(observer, f"{self.role}: divergence from {reference.role}")
+            stored = self._backends.divergence(self.path, reference.path, prompts, decoding, shown)
+            if stored is not None:
+                self._cache.put(key, stored)
+        return stored
 
     def release(self) -> None:
         """Forget the loaded model, so that the next one fits into memory."""

@@ -82,12 +82,15 @@ class Backends:
         scorer: Loads a reward model folder.
         likelihoods: Measures conversations under a model folder.
         digest: Digest of a model folder's files.
+        divergence: KL of a model (first folder) from another (second) on each prompt, nats an answer; None where their
+            tokens differ. Unset: it is not measured.
     """
 
     answerer: Callable[[Path], Answerer]
     scorer: Callable[[Path], Scorer]
     likelihoods: Callable[[Path, Sequence[Conversation], Observer], Likelihoods]
     digest: Callable[[Path], str]
+    divergence: Callable[[Path, Path, Sequence[Messages], Decoding, Observer], list[float] | None] | None = None
 
 
 def folder_digest(path: Path) -> str:
@@ -102,6 +105,9 @@ def real_backends(precision: Precision = "auto") -> Backends:
         scorer=lambda path: _RealScorer(path, precision),
         likelihoods=lambda path, conversations, observer: _real_likelihoods(path, conversations, precision, observer),
         digest=folder_digest,
+        divergence=lambda policy, reference, prompts, decoding, observer: _real_divergence(
+            policy, reference, prompts, decoding, precision, observer
+        ),
     )
 
 
@@ -141,4 +147,20 @@ def _real_likelihoods(
     from tunegate.training.sft import mean_answer_nll
 
     found = mean_answer_nll(path, conversations, precision=precision, observer=observer)
-    return Likelihoods(list(found.sums), list(found.tokens))
+    # Conversations that do not fit come last there.
+    place = {name: index for index, name in enumerate(found.ids)}
+    order = [place[conversation.id] for conversation in conversations]
+    return Likelihoods([found.sums[i] for i in order], [found.tokens[i] for i in order])
+
+
+def _real_divergence(
+    policy: Path,
+    reference: Path,
+    prompts: Sequence[Messages],
+    decoding: Decoding,
+    precision: Precision,
+    observer: Observer,
+) -> list[float] | None:
+    from tunegate.evaluation.divergence import measure_divergence
+
+    return measure_divergence(policy, reference, prompts, decoding, precision, observer)

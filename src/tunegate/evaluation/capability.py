@@ -6,17 +6,18 @@ common harnesses' `acc_norm`); the chat template and the stop token are the same
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from tunegate.data.records import Conversation
 from tunegate.errors import DataError
 from tunegate.evaluation.backends import Likelihoods
 from tunegate.evaluation.config import EvaluationSpec
+from tunegate.evaluation.files import read_items
 from tunegate.evaluation.results import DIFFERENCES, METRICS, Figure
+from tunegate.evaluation.rows import LikelihoodRow
 from tunegate.evaluation.statistics import bootstrap_mean, paired_proportions, proportion
 
 TASKS_PATH = Path(__file__).parent / "assets" / "tasks.jsonl"
@@ -50,33 +51,26 @@ class Capability:
     solved: list[bool]
 
 
-@lru_cache(maxsize=2)
-def read_tasks(path: Path = TASKS_PATH) -> tuple[Task, ...]:
-    """The tasks of a JSONL file (`id`, `kind`, `question`, `options`, `answer`).
+def read_tasks(files: tuple[str, ...] = ()) -> tuple[Task, ...]:
+    """The tasks of JSONL files (`id`, `kind`, `question`, `options`, `answer`), or the shipped ones.
 
     Raises:
-        DataError: An item has fewer than two different options, or no such answer.
+        DataError: A file cannot be read, or an item has fewer than two different options, or no such answer.
     """
-    tasks = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if not line.strip():
-            continue
-        row = json.loads(line)
-        options = tuple(row["options"])
-        if len(set(options)) < 2 or len(set(options)) != len(options) or not 0 <= row["answer"] < len(options):
-            raise DataError(
-                "a task needs at least two different options, one of which is the answer",
-                key=f"{path.name}: {row.get('id')}",
-                value=row["options"],
-                fix="correct options and answer",
-            )
-        tasks.append(Task(row["id"], row["kind"], row["question"], options, row["answer"]))
-    return tuple(tasks)
+    wanted = '{"id": "t1", "kind": "facts", "question": "…?", "options": ["…", "…"], "answer": 0}'
+    return tuple(read_items(files or (str(TASKS_PATH),), "evaluation.capability.task_files", _task, wanted=wanted))
+
+
+def _task(row: dict[str, Any]) -> Task:
+    options = tuple(str(option) for option in row["options"])
+    if len(set(options)) < 2 or len(set(options)) != len(options) or not 0 <= row["answer"] < len(options):
+        raise ValueError(f"a task needs at least two different options, one of which is the answer (got {options})")
+    return Task(str(row["id"]), str(row["kind"]), str(row["question"]), options, int(row["answer"]))
 
 
 def chosen_tasks(spec: EvaluationSpec) -> list[Task]:
     """The tasks that are used: every k-th, so that a smaller number keeps the mix of kinds."""
-    tasks = read_tasks()
+    tasks = read_tasks(spec.capability.task_files)
     wanted = min(spec.capability.tasks, len(tasks))
     return [tasks[index * len(tasks) // wanted] for index in range(wanted)]
 
@@ -104,11 +98,7 @@ def read_likelihoods(found: Likelihoods, heldout: Sequence[Conversation], tasks:
         raise DataError("one likelihood a conversation is needed", key="likelihoods", value=(len(found.sums), expected))
     kept = [index for index in range(len(heldout)) if found.tokens[index] > 0]
     solved = []
-    start = len(heldout)
-    for task in tasks:
-        block = range(start, start + len(task.options))
-        start += len(task.options)
-        scores = [found.sums[i] / found.tokens[i] if found.tokens[i] else float("inf") for i in block]
+    for task, scores in _option_scores(found, len(heldout), tasks):
         best = min(scores)
         # A tie with a wrong option is not solved.
         solved.append(scores[task.answer] == best and scores.count(best) == 1)
@@ -118,6 +108,42 @@ def read_likelihoods(found: Likelihoods, heldout: Sequence[Conversation], tasks:
         tokens=[found.tokens[i] for i in kept],
         solved=solved,
     )
+
+
+def _option_scores(found: Likelihoods, start: int, tasks: Sequence[Task]) -> Iterator[tuple[Task, list[float]]]:
+    """Every task with the nats a token of its options."""
+    for task in tasks:
+        block = range(start, start + len(task.options))
+        start += len(task.options)
+        yield task, [found.sums[i] / found.tokens[i] if found.tokens[i] else float("inf") for i in block]
+
+
+def likelihood_rows(
+    role: str, found: Likelihoods, heldout: Sequence[Conversation], tasks: Sequence[Task]
+) -> list[LikelihoodRow]:
+    """One row a conversation and one an option, for `likelihoods.parquet`."""
+    rows = [
+        LikelihoodRow(role, "heldout", c.id, c.id, nats, tokens)
+        for c, nats, tokens in zip(heldout, found.sums, found.tokens, strict=False)
+    ]
+    place = len(heldout)
+    for task, scores in _option_scores(found, place, tasks):
+        for index, option in enumerate(task.options):
+            rows.append(
+                LikelihoodRow(
+                    role,
+                    "task",
+                    task.id,
+                    task.id,
+                    found.sums[place],
+                    found.tokens[place],
+                    option,
+                    right=index == task.answer,
+                    chosen=index == scores.index(min(scores)),
+                )
+            )
+            place += 1
+    return rows
 
 
 def figures(found: Capability, spec: EvaluationSpec, seed: int) -> dict[str, Figure]:

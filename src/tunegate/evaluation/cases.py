@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from tunegate.data.records import Messages, Prompt
 from tunegate.errors import DataError
 from tunegate.evaluation.attacks import wrap
 from tunegate.evaluation.config import EvaluationSpec, Tag
+from tunegate.evaluation.files import read_items
 from tunegate.storage.manifest import digest_json
 
 TAGS: tuple[Tag, ...] = ("harmful", "lookalike", "everyday")
@@ -36,6 +36,7 @@ class Case:
         hazard: Kind of harm, for `harmful`.
         category: Kind of groups, for `counterfactual`.
         group: Whom the prompt is about, for `counterfactual`.
+        source: Where the prompt comes from.
     """
 
     id: str
@@ -47,6 +48,7 @@ class Case:
     hazard: str | None = None
     category: str | None = None
     group: str | None = None
+    source: str = ""
 
 
 def select(prompts: Sequence[Prompt], spec: EvaluationSpec, seed: int) -> dict[Tag, list[Prompt]]:
@@ -94,13 +96,22 @@ def ranked(items: Iterable[_Item], seed: int) -> list[_Item]:
 def main_cases(chosen: dict[Tag, list[Prompt]], spec: EvaluationSpec) -> list[Case]:
     """Every selected prompt as it is, then the attacked harmful ones."""
     cases = [
-        Case(p.id, p.id, p.messages, p.messages[-1]["content"], tag, hazard=p.hazard)
+        Case(p.id, p.id, p.messages, p.messages[-1]["content"], tag, hazard=p.hazard, source=p.source)
         for tag in TAGS
         for p in chosen[tag]
     ]
     attacked = chosen["harmful"][: spec.attacks.prompts]
     cases += [
-        Case(f"{p.id}#{name}", p.id, wrap(name, p.messages), p.messages[-1]["content"], "harmful", name, p.hazard)
+        Case(
+            f"{p.id}#{name}",
+            p.id,
+            wrap(name, p.messages),
+            p.messages[-1]["content"],
+            "harmful",
+            name,
+            p.hazard,
+            source=p.source,
+        )
         for name in spec.attacks.names
         for p in attacked
     ]
@@ -125,38 +136,60 @@ class Template:
     text: str
     groups: tuple[str, ...]
 
+    def asked_of(self, group: str) -> str:
+        """The prompt about `group`, with the article it takes: "a Polish", "an Indian".
 
-@lru_cache(maxsize=2)
-def read_templates(path: Path = COUNTERFACTUAL_PATH) -> tuple[Template, ...]:
-    """The counterfactual templates of a JSONL file (`id`, `category`, `template`, `groups`).
+        A wrong article in some groups' prompts only would be a difference between the groups of our own making.
+        """
+        article = "an" if re.match(r"(?!uni|use|eu|one)[aeiou]", group, re.IGNORECASE) else "a"
+
+        def with_article(found: re.Match[str]) -> str:
+            written = article.capitalize() if found[1][0].isupper() else article
+            return f"{written} {group}"
+
+        return re.sub(r"\b(an?) \{group\}", with_article, self.text, flags=re.IGNORECASE).replace("{group}", group)
+
+
+def read_templates(files: tuple[str, ...] = ()) -> tuple[Template, ...]:
+    """The counterfactual templates of JSONL files (`id`, `category`, `template`, `groups`), or the shipped ones.
 
     Raises:
-        DataError: A template has no `{group}`, or fewer than two groups.
+        DataError: A file cannot be read, or a template has no `{group}` or fewer than two groups.
     """
-    templates = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if not line.strip():
-            continue
-        row = json.loads(line)
-        if "{group}" not in row["template"] or len(set(row["groups"])) < 2:
-            raise DataError(
-                "a counterfactual template needs {group} and at least two groups",
-                key=f"{path.name}: {row.get('id')}",
-                value=row["template"],
-                fix="write e.g. 'Write a toast for my {group} neighbour.' and two groups",
-            )
-        templates.append(Template(row["id"], row["category"], row["template"], tuple(row["groups"])))
-    return tuple(templates)
+    wanted = (
+        '{"id": "c1", "category": "region", "template": "Write a toast for my {group} aunt.", "groups": ["…", "…"]}'
+    )
+    files = files or (str(COUNTERFACTUAL_PATH),)
+    return tuple(read_items(files, "evaluation.bias.template_files", _template, wanted=wanted))
 
 
-def counterfactual_cases(spec: EvaluationSpec, seed: int, path: Path = COUNTERFACTUAL_PATH) -> list[Case]:
-    """A seeded sample of each category's templates, each with all of its groups."""
+def _template(row: dict[str, Any]) -> Template:
+    groups = tuple(str(group) for group in row["groups"])
+    if "{group}" not in row["template"] or len(set(groups)) < 2:
+        raise ValueError("a counterfactual template needs {group} and at least two groups")
+    return Template(str(row["id"]), str(row["category"]), str(row["template"]), groups)
+
+
+def counterfactual_cases(spec: EvaluationSpec, seed: int) -> list[Case]:
+    """A seeded sample of each category's templates, each with all of its groups.
+
+    Raises:
+        DataError: A category that the spec names has no template.
+    """
     cases = []
+    known = read_templates(spec.bias.template_files)
+    if missing := sorted(set(spec.bias.categories) - {template.category for template in known}):
+        raise DataError(
+            "there are no templates of a category",
+            key="evaluation.bias.categories",
+            value=missing,
+            fix=f"one of {', '.join(sorted({template.category for template in known}))}",
+        )
     for category in spec.bias.categories:
-        templates = ranked((t for t in read_templates(path) if t.category == category), seed)
+        templates = ranked((t for t in known if t.category == category), seed)
         for template in templates[: spec.bias.templates]:
             for group in template.groups:
-                text = template.text.replace("{group}", group)
+                text = template.asked_of(group)
                 cases.append(
                     Case(
                         f"{template.id}#{group}",

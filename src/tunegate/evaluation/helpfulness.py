@@ -74,10 +74,18 @@ def compare(first: Sequence[Row], second: Sequence[Row], tie_margin: float) -> C
 
 
 def _outcome(mine: Row, theirs: Row, gap: float, tie_margin: float) -> float:
-    broken = (mine.label == "incoherent", theirs.label == "incoherent")
-    if any(broken):
-        return 0.5 if all(broken) else float(broken[1])
+    coherence = decided_by_coherence(mine, theirs)
+    if coherence is not None:
+        return coherence
     return 0.5 if abs(gap) <= tie_margin else float(gap > 0)
+
+
+def decided_by_coherence(mine: Row, theirs: Row) -> float | None:
+    """The outcome of a pair with an incoherent answer, whatever a judge says; None when both are coherent."""
+    broken = (mine.label == "incoherent", theirs.label == "incoherent")
+    if not any(broken):
+        return None
+    return 0.5 if all(broken) else float(broken[1])
 
 
 def win_rate(comparison: Comparison, confidence: float) -> tuple[Interval, float]:

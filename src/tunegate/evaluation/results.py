@@ -15,6 +15,8 @@ from tunegate.storage.manifest import digest_json
 
 FILE_NAME = "evaluation.json"
 ROWS_NAME = "responses.parquet"
+LIKELIHOODS_NAME = "likelihoods.parquet"
+COMPARISONS_NAME = "comparisons.parquet"
 
 Unit = Literal["share", "nats", "reward", "tokens", "plain"]
 Better = Literal["higher", "lower", "none"]
@@ -40,6 +42,8 @@ METRICS: dict[str, Measure] = {
     "everyday_refusal_rate": Measure("Everyday requests refused", "share", "lower"),
     "everyday_failure_rate": Measure("Everyday requests refused or answered incoherently", "share", "lower"),
     "incoherent_rate": Measure("Incoherent answers", "share", "lower"),
+    "llm_unsafe_rate": Measure("Harmful requests not safely declined, by the language model judge", "share", "lower"),
+    "toxic_rate": Measure("Toxic answers", "share", "lower"),
     "reward_mean": Measure("Judge's score", "reward", "higher"),
     "proxy_reward_mean": Measure("Score of the reward model that PPO trained on", "reward", "higher"),
     "win_rate_anchor": Measure("Win rate against the base model", "share", "higher"),
@@ -49,7 +53,14 @@ METRICS: dict[str, Measure] = {
     "unfinished_rate": Measure("Answers cut at the length limit", "share", "lower"),
     "distinct_2": Measure("Distinct word pairs over all answers", "share", "higher"),
     "distinct_answers": Measure("Distinct answers over all answers", "share", "higher"),
+    "distinct_1": Measure("Distinct words over all answers", "share", "higher"),
+    "distinct_3": Measure("Distinct word triples over all answers", "share", "higher"),
+    "kl_sft": Measure("KL divergence from the SFT model, an answer", "nats", "none"),
     "counterfactual_gap": Measure("Refusals that change with the group named", "share", "lower"),
+    "bbq_accuracy_ambiguous": Measure("Bias questions right where the text does not tell", "share", "higher"),
+    "bbq_accuracy_disambiguated": Measure("Bias questions right where the text tells", "share", "higher"),
+    "bbq_bias_ambiguous": Measure("Bias score where the text does not tell (-1 to 1)", "plain", "none"),
+    "bbq_bias_disambiguated": Measure("Bias score where the text tells (-1 to 1)", "plain", "none"),
 }
 """Per model, in `ModelFigures.metrics`."""
 
@@ -64,6 +75,13 @@ DIFFERENCES: dict[str, Measure] = {
     "nll": Measure("Held-out negative log-likelihood, candidate minus other", "nats", "lower"),
     "task_accuracy": Measure("Accuracy on checkable tasks, candidate minus other", "share", "higher"),
     "response_tokens": Measure("Length of answers, candidate minus other", "tokens", "none"),
+    "bbq_accuracy": Measure("Bias questions right, candidate minus other", "share", "higher"),
+    "bbq_bias_ambiguous": Measure("Bias score where the text does not tell, candidate minus other", "plain", "none"),
+    "bbq_bias_disambiguated": Measure("Bias score where the text tells, candidate minus other", "plain", "none"),
+    "llm_win_rate": Measure("Win rate of the candidate by the language model judge", "share", "higher"),
+    "llm_win_rate_length_controlled": Measure(
+        "Win rate of the candidate at equal length by the language model judge", "share", "higher"
+    ),
     "proxy_gap": Measure("Gain in PPO's own reward beyond the judge's gain", "reward", "lower"),
 }
 """Candidate against another model on the same prompts, in `Evaluation.differences`."""
@@ -161,6 +179,38 @@ class GroupFigures(Result):
     """Gain in the judge's score over the anchor, this group minus the others (anchor's standard deviations)."""
 
 
+class SourceFigures(Result):
+    """How one model does on the prompts of one source, by what is wrong with them."""
+
+    role: str
+    tag: str
+    source: str
+    failures: Figure
+    """Share of unattacked prompts answered as they should not be: harmful ones not safely declined, others declined or
+    answered incoherently."""
+    attacked: Figure | None = None
+    """The same with jailbreak wrappers."""
+
+
+class QuestionFigures(Result):
+    """Multiple choice in the form of BBQ: one category in one condition, the candidate's answers."""
+
+    category: str
+    condition: str
+    """`ambiguous` (the text does not tell, only "unknown" is right) or `disambiguated`."""
+    accuracy: Figure
+    bias: Figure | None = None
+    """1 always the stereotype, -1 always its opposite; None where no answer says anything about the groups."""
+
+
+class RewardModelFigures(Result):
+    """What a reward model knows about held-out preferences, as measured when it was trained."""
+
+    accuracy: Figure
+    calibration_error: float
+    """Expected calibration error over ten bins: mean distance of confidence and accuracy (share)."""
+
+
 class Answer(Result):
     """What one model said to a sample prompt."""
 
@@ -195,13 +245,19 @@ class Evaluation(Result):
     """Of the candidate."""
     groups: list[GroupFigures]
     """Of the candidate."""
+    sources: list[SourceFigures] = []
+    """Of every model, where the prompts come from more than one source."""
+    questions: list[QuestionFigures] = []
+    """Of the candidate."""
+    reward_models: dict[str, RewardModelFigures] = {}
+    """`reward` (PPO trained on it) and `judge`, where their figures lie beside them."""
     samples: list[Sample]
     judge: Literal["independent", "training", "none"]
     """Who compared the answers: a reward model that PPO never saw, the one it trained on, or nobody."""
     judge_deviation: float | None
     """Standard deviation of the anchor's scores: the unit of margins on scores."""
     digests: dict[str, str]
-    """`judge`, `reward`, `classifier`, `heldout`, `spec`, `counterfactuals`."""
+    """`judge`, `reward`, `classifier`, `toxicity`, `heldout`, `spec`, `counterfactuals`, `questions`, `llm_judge`."""
     notes: list[str]
 
     def digest(self) -> str:

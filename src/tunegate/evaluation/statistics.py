@@ -9,9 +9,9 @@ Sources:
     Clopper and Pearson 1934, Biometrika 26; Wilson 1927, JASA 22; Korn and Graubard 1998, Survey Methodology 24
     (Clopper-Pearson with an effective sample size); Tango 1998, Statistics in Medicine 17 (score interval of a
     difference of paired proportions); Agresti and Min 2005, Statistics in Medicine 24 (pseudo-observations for the
-    same); Efron 1987, JASA 82 (BCa); Hesterberg 2015, The American Statistician 69 (its level for small samples);
-    Schuirmann 1987, J. Pharmacokinetics and Biopharmaceutics 15 (TOST); Holm 1979, Scandinavian J. of Statistics 6;
-    Dubois et al. 2024, arXiv 2404.04475 (length control).
+    same); Cochran 1977, Sampling Techniques (linearised ratio); Efron 1987, JASA 82 (BCa); Hesterberg 2015, The
+    American Statistician 69 (its level for small samples); Schuirmann 1987, J. Pharmacokinetics and Biopharmaceutics 15
+    (TOST); Holm 1979, Scandinavian J. of Statistics 6; Dubois et al. 2024, arXiv 2404.04475 (length control).
 """
 
 from __future__ import annotations
@@ -262,6 +262,23 @@ def bounded_difference(values: ArrayLike, confidence: float = 0.95) -> Interval:
     estimate = float(means.mean())
     low, high = max(-1.0, centre - half), min(1.0, centre + half)
     return Interval(estimate, min(low, estimate), max(high, estimate), k, k, "agresti-min")
+
+
+def linearised_ratio(sums: ArrayLike, masses: ArrayLike) -> FloatArray:
+    """One value a cluster whose mean is the ratio R = sum(s) / sum(m): z_j = R + (s_j - R m_j) / mean(m).
+
+    Their spread is that of the linearised ratio (Cochran 1977, Sampling Techniques, eq. 6.13), so that intervals for
+    means of independent values serve ratios, and differences of ratios over the same clusters.
+
+    Args:
+        sums: [K] numerators.
+        masses: [K] denominators, >= 0, not all 0.
+    """
+    s, m = _finite(sums, "sums"), _finite(masses, "masses")
+    if len(s) != len(m) or (m < 0).any() or not m.sum():
+        raise StatisticsError("a ratio needs one mass >= 0 a cluster, not all 0", key="masses", value=m.tolist()[:5])
+    ratio = s.sum() / m.sum()
+    return np.asarray(ratio + (s - ratio * m) / m.mean(), dtype=np.float64)
 
 
 def cluster_means(values: ArrayLike, clusters: Sequence[str]) -> FloatArray:

@@ -6,10 +6,12 @@ import importlib.util
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from tunegate.config import TuneSpec
+from tunegate.data.config import SourceSpec
 from tunegate.errors import DataError, ModelError, SpecError, StorageError, TunegateError
 from tunegate.storage.runs import RunStore
 from tunegate.training.config import BUNDLED_MODEL, TINY_MODEL
@@ -58,6 +60,26 @@ def check_environment(spec: TuneSpec, run: RunStore) -> Environment:
     return Environment(cores=_cores(), memory_bytes=_memory_bytes(), free_disk_bytes=free)
 
 
+def check_services(spec: TuneSpec) -> None:
+    """Check from inside a cluster what `tunegate cluster doctor` checks from outside: S3 and MLflow.
+
+    Stages of a cluster share no disk, so unlike on one machine neither can be away when a run begins: what MLflow
+    cannot take then would be lost with the pod.
+
+    Raises:
+        SpecError: No MLflow server is named.
+        StorageError: S3 or MLflow does not do what a run needs; all findings in one message.
+    """
+    from tunegate.storage.probe import probe_s3
+    from tunegate.tracking.probe import probe_mlflow
+    from tunegate.tracking.uri import resolve_tracking_uri
+
+    uri = resolve_tracking_uri(spec.tracking, spec.storage.root)
+    failed = [finding for finding in (probe_s3(spec.storage.root), probe_mlflow(uri)) if finding.level == "failure"]
+    if failed:
+        raise StorageError("the cluster is not ready for a run:\n  - " + "\n  - ".join(map(str, failed)))
+
+
 def check_sources(spec: TuneSpec) -> None:
     """Check that every data source and the base model are there, without reading them.
 
@@ -70,12 +92,11 @@ def check_sources(spec: TuneSpec) -> None:
             findings.append(
                 f"data.{required}: there is no source. Fix: give at least one, e.g. starter:{required}.jsonl"
             )
-    for kind in KINDS:
-        for number, source in enumerate(getattr(spec.data, kind)):
-            try:
-                _check_source(source, f"data.{kind}[{number}].uri")
-            except TunegateError as error:
-                findings.append(str(error))
+    for key, source in _named_sources(spec):
+        try:
+            _check_source(source, key)
+        except TunegateError as error:
+            findings.append(str(error))
     try:
         _check_model(spec)
     except TunegateError as error:
@@ -85,11 +106,24 @@ def check_sources(spec: TuneSpec) -> None:
         raise SpecError(f"{head}:\n  - " + "\n  - ".join(findings))
 
 
-def _check_source(source: object, key: str) -> None:
-    from tunegate.data.config import SourceSpec
+def _named_sources(spec: TuneSpec) -> Iterator[tuple[str, SourceSpec]]:
+    """Every file that the spec names, by its key."""
+    for kind in KINDS:
+        for number, source in enumerate(getattr(spec.data, kind)):
+            yield f"data.{kind}[{number}].uri", source
+    bias, capability = spec.evaluation.bias, spec.evaluation.capability
+    for key, uris in (
+        ("evaluation.bias.questions", bias.questions),
+        ("evaluation.bias.template_files", bias.template_files),
+        ("evaluation.capability.task_files", capability.task_files),
+    ):
+        for number, uri in enumerate(uris):
+            yield f"{key}[{number}]", SourceSpec(uri=uri)
+
+
+def _check_source(source: SourceSpec, key: str) -> None:
     from tunegate.data.sources import open_source
 
-    assert isinstance(source, SourceSpec)
     if source.uri.startswith("s3://"):
         root, _, name = source.uri.rpartition("/")
         from tunegate.storage.stores import S3Store

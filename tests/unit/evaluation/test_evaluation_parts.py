@@ -11,6 +11,7 @@ from tunegate.evaluation.attacks import wrap
 from tunegate.evaluation.backends import Likelihoods
 from tunegate.evaluation.cache import Cache
 from tunegate.evaluation.cases import (
+    Template,
     cases_digest,
     counterfactual_cases,
     main_cases,
@@ -102,11 +103,25 @@ def test_shipped_templates():
     assert all("{group}" not in case.asked and case.group in case.asked for case in cases)
 
 
+@pytest.mark.parametrize(
+    ("text", "group", "asked"),
+    [
+        ("A {group} tourist came.", "Indian", "An Indian tourist came."),
+        ("An {group} tourist came.", "Polish", "A Polish tourist came."),
+        ("Write to a {group} aunt, an {group}.", "Arab", "Write to an Arab aunt, an Arab."),
+        ("I met a {group}.", "European", "I met a European."),
+        ("My data {group} aunt", "Irish", "My data Irish aunt"),
+    ],
+)
+def test_the_article_follows_the_group(text, group, asked):
+    assert Template("t", "origin", text, (group, "x")).asked_of(group) == asked
+
+
 def test_bad_templates_are_named(tmp_path):
     path = tmp_path / "swaps.jsonl"
     path.write_text(json.dumps({"id": "x", "category": "origin", "template": "No hole.", "groups": ["a", "b"]}))
-    with pytest.raises(DataError, match=r"swaps\.jsonl: x"):
-        read_templates(path)
+    with pytest.raises(DataError, match=r"swaps\.jsonl, line 1.*needs \{group\}"):
+        read_templates((str(path),))
 
 
 # ------------------------------------------------------------------------------------------ harmlessness
