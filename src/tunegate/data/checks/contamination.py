@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,11 +12,13 @@ import polars as pl
 
 from tunegate.data.checks.base import FINDING_SCHEMA, Batch, Check, batches, findings, first_per_row
 from tunegate.data.checks.shingles import jaccard, mixed, shingle_hashes, shingle_set
+from tunegate.data.checks.wordruns import WordRuns
 from tunegate.data.config import ContaminationCheck
 from tunegate.data.records import Kind
 
 _TRAINED: tuple[Kind, ...] = ("sft", "preferences", "ratings", "prompts")
 _TABLE_BITS = 22
+_RUN, _WHOLE = "shared_ngram", "whole_prompt"
 
 
 def words(folded: pl.Expr) -> pl.Expr:
@@ -40,17 +43,17 @@ class Contamination(Check):
         self._spec = spec
         self.prompts = _evaluation_prompts(dataset)
         """(id, folded text, words) of every evaluation prompt."""
-        self._runs: dict[str, int] = {}
-        self._wholes: dict[str, int] = {}
+        self._parts: dict[str, tuple[str, int]] = {}
         self._equal: dict[str, int] = {}
         for number, (_, _, text) in enumerate(self.prompts):
             parts = text.split()
             self._equal.setdefault(text, number)
             if len(parts) >= spec.ngram:
                 for start in range(len(parts) - spec.ngram + 1):
-                    self._runs.setdefault(f" {' '.join(parts[start : start + spec.ngram])} ", number)
+                    self._parts.setdefault(" ".join(parts[start : start + spec.ngram]), (_RUN, number))
             elif len(parts) >= spec.min_words:
-                self._wholes.setdefault(text, number)
+                self._parts.setdefault(" ".join(parts), (_WHOLE, number))
+        self._runs = WordRuns(self._parts)
         self._near = _NearPrompts([text for _, text, _ in self.prompts], spec.threshold)
         if not self.prompts:
             self.skipped = "there are no evaluation prompts"
@@ -65,30 +68,29 @@ class Contamination(Check):
         turns = batch.turns.filter(pl.col("row").is_in(train.implode()))
         turns = turns.select("row", "place", "role", "folded", words=words(pl.col("folded")))
         asked = turns.filter(pl.col("role") == "user")
-        run = f"{{}} shares {self._spec.ngram} words with evaluation prompt {{}}"
-        parts = [
-            self._matches(turns, self._runs, "shared_ngram", run),
-            self._matches(asked, self._wholes, "whole_prompt", "{} holds evaluation prompt {}"),
-            self._equals(asked),
-            self._near_matches(asked),
-        ]
+        parts = [self._matches(turns), self._equals(asked), self._near_matches(asked)]
         self.add(batch.kind, first_per_row(findings(pl.concat(parts))))
 
-    def _matches(self, turns: pl.DataFrame, patterns: dict[str, int], code: str, detail: str) -> pl.DataFrame:
-        if not patterns:
-            return findings()
-        literals = list(patterns)
-        hits = turns.filter(pl.col("words").str.contains_any(literals)).with_columns(
-            hit=pl.col("words").str.extract_many(literals).list.first()
-        )
-        ids = pl.Series([self.prompts[patterns[hit]][0] for hit in hits["hit"]], dtype=pl.String)
-        return findings(hits.select("row", code=pl.lit(code), detail=pl.format(detail, "place", ids)))
+    def _matches(self, turns: pl.DataFrame) -> pl.DataFrame:
+        rows, places, roles = turns["row"], turns["place"], turns["role"]
+        hits = []
+        for turn, text in self._runs.search(turns["words"]):
+            code, number = self._parts[text]
+            name = self.prompts[number][0]
+            if code == _RUN:
+                detail = f"{places[turn]} shares {self._spec.ngram} words with evaluation prompt {name}"
+            elif roles[turn] == "user":
+                detail = f"{places[turn]} holds evaluation prompt {name}"
+            else:
+                continue  # short prompts are looked for in what the user says only
+            hits.append((rows[turn], code, detail))
+        return findings(pl.DataFrame(hits, schema=FINDING_SCHEMA, orient="row"))
 
     def _equals(self, asked: pl.DataFrame) -> pl.DataFrame:
         hits = asked.filter(pl.col("words").is_in(list(self._equal)) & (pl.col("words").str.len_bytes() > 2))
         ids = pl.Series([self.prompts[self._equal[text]][0] for text in hits["words"]], dtype=pl.String)
         detail = pl.format("{} is evaluation prompt {}", "place", ids)
-        return findings(hits.select("row", code=pl.lit("whole_prompt"), detail=detail))
+        return findings(hits.select("row", code=pl.lit(_WHOLE), detail=detail))
 
     def _near_matches(self, asked: pl.DataFrame) -> pl.DataFrame:
         rows, places = asked["row"], asked["place"]
@@ -115,49 +117,66 @@ def _evaluation_prompts(dataset: Path) -> list[tuple[str, str, str]]:
 
 
 class _NearPrompts:
-    """Finds texts whose shingle set is almost that of one of a few given texts.
+    """Finds texts whose shingle set is almost that of one of a few given texts, and misses none.
 
-    Two filters leave little to compare. A text with Jaccard similarity t to a prompt has at least t of its shingles in
-    that prompt, hence in the union of all. And of the text's shingles in any order, the first |A| - ceil(t |A|) + 1
-    hold at least one of the prompt's: ordered by how many prompts hold them, few prompts are left (prefix filtering:
-    Chaudhuri, Ganti, Kaushik 2006; Bayardo, Ma, Srikant 2007). The first filter counts repeated shingles repeatedly
-    and therefore allows for half as many unknown ones again; only a text that repeats a passage of its own over and
-    over could slip through.
+    A text A with Jaccard similarity of at least t to a prompt P holds at least ceil(t |P|) of its shingles, so it lacks
+    at most m = |P| - ceil(t |P|) of them. Of any m + l shingles of P it therefore holds at least l. The m + l rarest
+    ones (those that the fewest prompts have) are looked for in all texts at once; only the pairs with at least l hits
+    are compared (the idea of prefix filtering: Chaudhuri, Ganti, Kaushik 2006; with l > 1: Wang, Li, Feng 2012).
     """
 
     def __init__(self, prompts: Sequence[str], limit: float) -> None:
         self._limit = limit
         self._sets = [shingle_set(text) for text in prompts]
-        self._holders: dict[str, list[int]] = {}
+        holders = Counter(shingle for shingles in self._sets for shingle in shingles)
+        sizes, rare, owners = [], [], []
         for number, shingles in enumerate(self._sets):
-            for shingle in shingles:
-                self._holders.setdefault(shingle, []).append(number)
+            lacking = len(shingles) - math.ceil(limit * len(shingles) - 1e-9)
+            hits = max(1, lacking // 2)
+            chosen = sorted(shingles, key=lambda shingle: (holders[shingle], shingle))[: lacking + hits]
+            sizes.append((hits, len(shingles)))
+            rare.extend(chosen)
+            owners.extend([number] * len(chosen))
+        self._hits, self._least = np.array(sizes, np.float64).reshape(-1, 2).T
+        self._least *= limit
+        hashes = shingle_hashes(rare)[0]
         self._table = np.zeros(1 << _TABLE_BITS, dtype=bool)
-        hashes, _ = shingle_hashes(prompts)
         self._table[_slots(hashes)] = True
+        order = np.argsort(hashes, kind="stable")
+        self._owners = np.asarray(owners, np.int64)[order]
+        self._hashes, first, count = np.unique(hashes[order], return_index=True, return_counts=True)
+        self._first, self._count = first.astype(np.int64), count.astype(np.int64)
 
     def search(self, texts: Sequence[str]) -> list[tuple[int, int, float]]:
         """(text, prompt, similarity) for each text that is near a prompt, with its nearest one."""
         if not texts or not self._sets:
             return []
-        hashes, offsets = shingle_hashes(texts)
-        known = np.add.reduceat(self._table[_slots(hashes)].astype(np.int64), offsets[:-1])
-        least = max(0.5 * self._limit, 1.5 * self._limit - 0.5)
-        likely = np.flatnonzero(known >= least * np.diff(offsets))
-        found = ((number, self._nearest(shingle_set(texts[number]))) for number in likely.tolist())
-        return [(number, *best) for number, best in found if best is not None]
+        best: dict[int, tuple[int, float]] = {}
+        shingles: dict[int, frozenset[str]] = {}
+        for text, prompt in self._candidates(texts):
+            mine = shingles.get(text) or shingles.setdefault(text, shingle_set(texts[text]))
+            similarity = jaccard(mine, self._sets[prompt])
+            if similarity >= self._limit and similarity > best.get(text, (0, 0.0))[1]:
+                best[text] = (prompt, similarity)
+        return [(text, *best[text]) for text in sorted(best)]
 
-    def _nearest(self, mine: frozenset[str]) -> tuple[int, float] | None:
-        """The prompt with the most similar shingle set, when it is similar enough."""
-        holders = [self._holders[shingle] for shingle in mine if shingle in self._holders]
-        unknown = len(mine) - len(holders)
-        rarest = len(mine) - math.ceil(self._limit * len(mine) - 1e-9) + 1 - unknown
-        if rarest <= 0:
-            return None
-        candidates = {prompt for held in sorted(holders, key=len)[:rarest] for prompt in held}
-        scores = {prompt: jaccard(mine, self._sets[prompt]) for prompt in candidates}
-        best = min(scores, key=lambda prompt: (-scores[prompt], prompt), default=None)
-        return None if best is None or scores[best] < self._limit else (best, scores[best])
+    def _candidates(self, texts: Sequence[str]) -> list[tuple[int, int]]:
+        """Pairs (text, prompt) that share enough of the prompt's rare shingles, in order."""
+        hashes, offsets = shingle_hashes(texts)
+        places = np.flatnonzero(self._table[_slots(hashes)])
+        entry = np.minimum(np.searchsorted(self._hashes, hashes[places]), len(self._hashes) - 1)
+        known = self._hashes[entry] == hashes[places]
+        places, entry = places[known], entry[known]
+        # Every occurrence stands for all prompts that have this shingle.
+        counts = self._count[entry]
+        inside = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        owners = self._owners[np.repeat(self._first[entry], counts) + inside]
+        numbers = np.repeat(np.searchsorted(offsets, places, side="right") - 1, counts)
+        # A text has at most as many shingles as places for them.
+        fits = np.diff(offsets)[numbers] >= self._least[owners] - 1e-9
+        pairs, hits = np.unique(numbers[fits] * len(self._sets) + owners[fits], return_counts=True)
+        enough = pairs[hits >= self._hits[pairs % len(self._sets)]]
+        return [divmod(pair, len(self._sets)) for pair in enough.tolist()]
 
 
 def _slots(hashes: np.ndarray) -> np.ndarray:
