@@ -135,9 +135,7 @@ def run_sft(variant: str, work: Path, sizes: Sizes, scratch: Path, flops: Any) -
     train_sft(work / f"policy-{precision}", records, [], scratch / "out", spec=spec, seed=SEED, observer=watch)
     figures = watch.into(Figures(job="", unit="token", settings=spec.model_dump(mode="json")))
     lengths = [len(row["ids"]) for row in read(work / "sft.json")]
-    figures.units = [
-        float(sum(lengths[step * BATCH : (step + 1) * BATCH])) for step in range(1, len(watch.steps))
-    ]
+    figures.units = [float(sum(lengths[step * BATCH : (step + 1) * BATCH])) for step in range(1, len(watch.steps))]
     figures.losses = watch.series("sft/loss")
     return figures
 
