@@ -2,8 +2,8 @@
 
     .venv/bin/python benchmarks/gates/coverage.py
 
-writes `coverage.json` beside this file: for every interval the share of simulated data sets whose interval covers, and
-the shares that miss on either side (each gate reads one side, at 2.5%). Seeds are fixed. About four minutes on one core.
+writes `coverage.json` beside this file: for every interval the share of simulated data sets that it covers, and
+the shares that miss on either side (each gate reads one side, at 2.5%). Seeds are fixed. Some minutes on one core.
 """
 
 from __future__ import annotations

@@ -15,21 +15,25 @@ from tunegate.registry.audit import (
     status,
     verify,
 )
+from tunegate.registry.balance import BalancePoint, VersionBalance, balance
 from tunegate.registry.ledger import Event
 from tunegate.registry.versions import Registered, champion_model, register
 
 __all__ = [
     "Approval",
     "Audit",
+    "BalancePoint",
     "Event",
     "Finding",
     "Promotion",
     "Registered",
     "RegistryStatus",
     "Verification",
+    "VersionBalance",
     "VersionStatus",
     "approve",
     "audit",
+    "balance",
     "champion_model",
     "fetch",
     "history",
