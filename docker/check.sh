@@ -84,10 +84,11 @@ fi
 say "Wheels"
 # Downloaded with this machine's own pip settings, so that the build itself needs no network and no credentials.
 .venv/bin/python docker/lock.py --check
-if ! ls docker/wheels/torch-*.whl >/dev/null 2>&1; then
+if ! cmp -s docker/constraints.txt docker/wheels/.constraints; then
     # `wheel`, not `download`: what comes as source only (kfp-server-api) is built here, where setuptools is at hand.
     .venv/bin/python -m pip wheel --quiet --no-deps --wheel-dir docker/wheels --requirement docker/constraints.txt
     .venv/bin/python -m pip wheel --quiet --wheel-dir docker/wheels cyclonedx-bom==7.5.0 'setuptools>=77'
+    cp docker/constraints.txt docker/wheels/.constraints
 fi
 du -sh docker/wheels | cut -f1
 

@@ -48,7 +48,9 @@ def closure(requirements: list[str]) -> dict[str, str]:
 def main() -> int:
     """Write or check the file; the exit status."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"].get("gguf", [])]
+    extras = project["optional-dependencies"]
+    # The image is also the chart's MLflow server: `server` has the driver of its database.
+    wanted = [*project["dependencies"], *extras["gguf"], *extras["server"]]
     if "--check" not in sys.argv[1:]:
         pins = closure(wanted)
         FILE.write_text(HEADER + "".join(f"{name}=={pins[name]}\n" for name in sorted(pins)))

@@ -18,6 +18,7 @@ StageName = Literal[
     "ingest",
     "validate",
     "sft",
+    "guard",
     "reward",
     "ppo",
     "evaluate",
@@ -27,7 +28,12 @@ StageName = Literal[
     "finish",
 ]
 #: The stages that load a model and compute with it; `resources.training` applies to them.
-TRAINING_STAGES: tuple[StageName, ...] = ("sft", "reward", "ppo", "evaluate")
+TRAINING_STAGES: tuple[StageName, ...] = ("sft", "guard", "reward", "ppo", "evaluate")
+#: The stages that can train on more than one node.
+DISTRIBUTED_STAGES: tuple[StageName, ...] = ("sft", "reward", "ppo")
+#: API group and version of Kubeflow Trainer's TrainJobs and TrainingRuntimes.
+TRAINER_GROUP = "trainer.kubeflow.org"
+TRAINER_VERSION = "v1alpha1"
 
 CpuQuantity = Annotated[str, StringConstraints(pattern=r"^([0-9]*[.])?[0-9]+m?$")]
 ByteQuantity = Annotated[str, StringConstraints(pattern=r"^[0-9]+(E|Ei|P|Pi|T|Ti|G|Gi|M|Mi|K|Ki)?$")]
@@ -84,6 +90,17 @@ class TolerationSpec(Section):
         if self.seconds is not None and self.effect != "NoExecute":
             raise ValueError("`seconds` only means something with `effect: NoExecute`")
         return self
+
+    def as_object(self) -> dict[str, str | int]:
+        """The toleration as a PodSpec has it."""
+        values = {
+            "key": self.key,
+            "operator": self.operator,
+            "value": self.value,
+            "effect": self.effect,
+            "tolerationSeconds": self.seconds,
+        }
+        return {name: value for name, value in values.items() if value is not None}
 
 
 class RetrySpec(Section):
@@ -146,6 +163,13 @@ class StageResources(Section):
 
     timeout_seconds: int | None = Field(default=None, ge=1)
     """The pod is ended after this many seconds; null waits for ever."""
+
+    nodes: int = Field(default=1, ge=1, le=256)
+    """Nodes that the stage trains on (SFT, reward model and PPO). With more than one its pod asks Kubeflow Trainer for
+    them, and what is said here about sizes and placement is what each node gets."""
+
+    processes_per_node: int | None = Field(default=None, ge=1, le=64)
+    """Training processes on each node, with `nodes` above 1; null starts one an accelerator."""
 
     @model_validator(mode="after")
     def _consistent(self) -> StageResources:
@@ -211,6 +235,19 @@ class CertificateSpec(Section):
         return f"{self.mount_path.rstrip('/')}/{self.key}"
 
 
+class TrainerSpec(Section):
+    """Kubeflow Trainer, which stages with more than one node train on; their TrainJobs start from its runtime."""
+
+    runtime: ObjectName = "tunegate-torch"
+    """Name of the runtime; the Helm chart (`trainer.enabled`) and `manifests/addons/trainer` make it."""
+
+    kind: Literal["TrainingRuntime", "ClusterTrainingRuntime"] = "TrainingRuntime"
+    """Whether the runtime is one of the namespace or of the whole cluster."""
+
+    processes_per_node: int = Field(default=1, ge=1, le=64)
+    """Training processes on each node of a stage that says neither `processes_per_node` nor `accelerator`."""
+
+
 class ResourcesSpec(Section):
     """CPU, memory, accelerators, placement, retries, secrets and image of the pods; ignored by runs on one machine."""
 
@@ -254,17 +291,25 @@ class ResourcesSpec(Section):
     queue: LabelValue | None = None
     """Kueue's LocalQueue that the pods of `training` stages wait in (label `kueue.x-k8s.io/queue-name`)."""
 
+    trainer: TrainerSpec = TrainerSpec()
+    """Kubeflow Trainer, for stages with `nodes` above 1."""
+
     run_as_user: int | None = Field(default=None, ge=1)
     """Numeric user of the pods; null takes the image's own, which is not root."""
 
     parameters: bool = True
-    """Make CPU, memory and number of accelerators of each stage that sets them parameters of the pipeline
-    (`sft_cpu`, `sft_memory`, `sft_accelerators`, …), so that they can be changed in the Kubeflow UI."""
+    """Make what Kubeflow can take when a run starts parameters of the pipeline, for each stage that sets it:
+    `sft_cpu`, `sft_memory`, `sft_accelerator`, `sft_accelerators`, `sft_node_selector`, `sft_tolerations`, …, so that
+    they can be changed in the Kubeflow UI."""
 
     @model_validator(mode="after")
     def _consistent(self) -> ResourcesSpec:
         _check_label_keys("labels", self.labels)
+        if self.defaults.nodes > 1:
+            raise ValueError("`nodes` goes under `training` or a single stage: only trainers run on several nodes")
         for stage in get_args(StageName):
+            if stage not in DISTRIBUTED_STAGES and stage in self.stages and self.stages[stage].nodes > 1:
+                raise ValueError(f"{stage} runs on one node; `nodes` is for {', '.join(DISTRIBUTED_STAGES)}")
             if conflict := _conflict(self.of(stage)):
                 raise ValueError(f"{stage}: {conflict}")
         for name, value in self.environment.items():
@@ -287,7 +332,26 @@ class ResourcesSpec(Section):
         merged: dict[str, object] = {}
         for layer in layers:
             merged.update({name: getattr(layer, name) for name in layer.model_fields_set})
+        if stage not in DISTRIBUTED_STAGES:
+            merged["nodes"] = 1
         return StageResources(**merged)  # type: ignore[arg-type]  # checked by pydantic
+
+    @property
+    def distributed(self) -> list[StageName]:
+        """The stages that train on more than one node."""
+        return [stage for stage in DISTRIBUTED_STAGES if self.of(stage).nodes > 1]
+
+    def pod_of(self, stage: StageName) -> StageResources:
+        """What the pod of a stage's task gets.
+
+        The same as the stage, but for one on several nodes: its pod computes nothing itself, so it takes no
+        accelerator from them and gets what `defaults` say, with the stage's retries.
+        """
+        whole = self.of(stage)
+        if whole.nodes == 1:
+            return whole
+        own = {"retry": whole.retry} if "retry" in whole.model_fields_set else {}
+        return self.defaults.model_copy(update=own)
 
 
 def _conflict(stage: StageResources) -> str | None:
@@ -298,4 +362,6 @@ def _conflict(stage: StageResources) -> str | None:
         return "`shared_memory` counts against `memory`, so it must not be larger"
     if stage.ephemeral_storage_class and not stage.ephemeral_storage:
         return "`ephemeral_storage_class` needs `ephemeral_storage`, the size of the volume"
+    if stage.nodes > 1 and stage.ephemeral_storage_class:
+        return "`ephemeral_storage_class` is for one node; the runtime says which scratch volume several nodes get"
     return None

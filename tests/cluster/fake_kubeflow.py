@@ -292,6 +292,10 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(404, json.dumps({"kind": "Status", "code": 404, "reason": "NotFound"}).encode())
         if isinstance(found, int):
             return self._send(found, json.dumps({"kind": "Status", "code": found, "reason": "Forbidden"}).encode())
+        if selector := self.query.get("labelSelector"):
+            wanted = dict(part.split("=", 1) for part in selector.split(","))
+            items = [i for i in found["items"] if wanted.items() <= i["metadata"].get("labels", {}).items()]
+            found = {**found, "items": items}
         return self._send(200, found if isinstance(found, bytes) else json.dumps(found).encode())
 
     def access_review(self):

@@ -256,7 +256,8 @@ def test_logs_come_from_the_pods_where_kubernetes_can_be_reached(kubeflow, tmp_p
     run = kubeflow.add_run()
     node = "workflows.argoproj.io/node-name"
 
-    def pod(name, path, **labels):
+    def pod(name, path, run_label="pipeline/runid", **labels):
+        labels = {**labels, run_label: run.run_id}
         return {
             "metadata": {"name": name, "annotations": {node: path}, "labels": labels},
             "status": {"phase": "Succeeded"},
@@ -267,12 +268,25 @@ def test_logs_come_from_the_pods_where_kubernetes_can_be_reached(kubeflow, tmp_p
             pod("a", "run-x.root.tune-and-gate.validate-data.executor(0)"),
             pod("b", "run-x.root.tune-and-gate.sft-driver"),
             pod("c", "anything", **{"app.kubernetes.io/component": "sft"}),
+            pod("d", "", run_label="tunegate.io/run", **{"app.kubernetes.io/component": "ppo"}),
+            pod("e", "anything", run_label="pipeline/another", **{"app.kubernetes.io/component": "sft"}),
         ]
     }
-    for name in "abc":
+    for name in "abcde":
         kubeflow.kubernetes[f"/api/v1/namespaces/kubeflow/pods/{name}/log"] = f"log of {name}\n".encode()
     _, output = call("logs", run.run_id)
-    assert output.splitlines() == ["--- validate (a)", "log of a", "--- sft (c)", "log of c"]
+    assert output.splitlines() == [
+        *("--- validate (a)", "log of a"),
+        *("--- sft (c)", "log of c"),
+        *("--- ppo (d)", "log of d"),
+    ]
+    containers = {
+        name: q["container"]
+        for _, path, q, *_ in kubeflow.requests
+        for name in path.split("/")[-2:-1]
+        if "container" in q
+    }
+    assert containers == {"a": "main", "c": "main", "d": "node"}
     assert kubeflow.calls("GET", "/pods$")[0][2]["labelSelector"] == f"pipeline/runid={run.run_id}"
 
 

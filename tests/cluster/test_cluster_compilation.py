@@ -21,6 +21,8 @@ from tunegate.cluster.compilation import (
 from tunegate.errors import SpecError
 from tunegate.resources import TRAINING_STAGES, ResourcesSpec
 
+OF_THE_POD = {"node_selector", "tolerations"}
+PARAMETERS = OF_THE_POD | {"cpu", "memory", "accelerator", "accelerators"}
 RESOURCES = ResourcesSpec.model_validate(
     {
         "image": "registry.example.com/tunegate@sha256:" + "0" * 64,
@@ -87,7 +89,7 @@ def tasks(pipeline):
 
 
 def test_training_stages_get_their_sizes_as_parameters(compiled):
-    for stage, task in zip(TRAINING_STAGES, ("sft", "reward-model", "ppo", "evaluate"), strict=True):
+    for stage, task in zip(TRAINING_STAGES, ("sft", "guard", "reward-model", "ppo", "evaluate"), strict=True):
         container, _ = executors(compiled)[task]
         assert (
             container.resources.resource_cpu_request == f"{{{{$.inputs.parameters['pipelinechannel--{stage}_cpu']}}}}"
@@ -95,10 +97,18 @@ def test_training_stages_get_their_sizes_as_parameters(compiled):
         assert container.resources.resource_memory_limit.endswith(f"--{stage}_memory']}}}}")
         assert container.resources.resource_memory_request == container.resources.resource_memory_limit
         assert container.resources.resource_cpu_limit == "16"
-        assert container.resources.accelerator.resource_type == "nvidia.com/gpu"
+        assert container.resources.accelerator.resource_type.endswith(f"--{stage}_accelerator']}}}}")
         inputs = tasks(compiled)[task]["inputs"]["parameters"]
-        assert f"pipelinechannel--{stage}_accelerators" in inputs, "the driver resolves the size from the task's inputs"
+        added = {name.partition("_")[2] for name in inputs if name.startswith(f"pipelinechannel--{stage}_")}
+        assert added >= PARAMETERS - OF_THE_POD, "the driver resolves them from the task's inputs"
     parameters = load_documents(compiled.ir)[0]["root"]["inputDefinitions"]["parameters"]
+    assert parameters["sft_accelerator"]["defaultValue"] == "nvidia.com/gpu"
+    assert parameters["sft_node_selector"]["parameterType"] == "STRUCT"
+    assert parameters["sft_tolerations"]["parameterType"] == "LIST"
+    assert parameters["sft_tolerations"]["defaultValue"] == [
+        {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
+    ]
+    assert "Labels" in parameters["sft_node_selector"]["description"]
     assert parameters["sft_memory"]["defaultValue"] == "64Gi"
     assert parameters["ppo_accelerators"]["defaultValue"] == "4"
     assert parameters["ingest_memory"]["defaultValue"] == "2Gi"
@@ -107,19 +117,37 @@ def test_training_stages_get_their_sizes_as_parameters(compiled):
     assert "requests" in parameters["sft_cpu"]["description"]
 
 
+def test_the_driver_finds_placement_among_the_inputs_of_the_dag_above(compiled):
+    """It resolves these in the parent DAG's inputs, where a nested DAG has another name for them than the root."""
+    spec = load_documents(compiled.ir)[0]
+    dags = {"root": spec["root"], **{n: c for n, c in spec["components"].items() if "dag" in c}}
+    for task, (_, pod) in executors(compiled).items():
+        if not pod.node_selector.HasField("node_selector_json"):
+            continue
+        (above,) = [dag for dag in dags.values() if task in dag["dag"]["tasks"]]
+        known = above["inputDefinitions"]["parameters"]
+        assert pod.node_selector.node_selector_json.component_input_parameter in known
+        assert pod.tolerations[0].toleration_json.component_input_parameter in known
+
+
 def test_sizes_can_be_fixed_instead():
     fixed = compile_pipeline(spec=RESOURCES.model_copy(update={"parameters": False}))
     container, _ = executors(fixed)["ppo"]
     assert container.resources.resource_cpu_request == "8"
     assert container.resources.resource_memory_request == "64Gi"
     assert container.resources.accelerator.resource_count == "4"
+    assert container.resources.accelerator.resource_type == "nvidia.com/gpu"
     assert "ppo_cpu" not in fixed.parameters
+    _, pod = executors(fixed)["ppo"]
+    assert dict(pod.node_selector.labels) == {"node.kubernetes.io/instance-type": "g6.xlarge"}
+    assert [(t.key, t.operator, t.effect) for t in pod.tolerations] == [("nvidia.com/gpu", "Exists", "NoSchedule")]
 
 
 def test_placement_volumes_secrets_and_metadata(compiled):
     container, pod = executors(compiled)["sft"]
-    assert dict(pod.node_selector.labels) == {"node.kubernetes.io/instance-type": "g6.xlarge"}
-    assert [(t.key, t.operator, t.effect) for t in pod.tolerations] == [("nvidia.com/gpu", "Exists", "NoSchedule")]
+    assert pod.node_selector.node_selector_json.component_input_parameter.endswith("--sft_node_selector")
+    (toleration,) = pod.tolerations
+    assert toleration.toleration_json.component_input_parameter.endswith("--sft_tolerations")
     assert pod.active_deadline_seconds == 7200
     volumes = {v.mount_path: (v.medium, v.size_limit) for v in pod.empty_dir_mounts}
     assert volumes == {"/dev/shm": ("Memory", "16Gi"), "/workspace": ("", "200Gi")}
@@ -171,12 +199,50 @@ def test_each_stage_gets_its_own(compiled):
     assert "retryPolicy" not in tasks(compiled)["evaluate"]
 
 
+def test_a_stage_on_several_nodes_asks_for_them_from_a_small_pod():
+    content = {
+        "image": "registry.example.com/tunegate:1",
+        "defaults": {"cpu": "1", "memory": "4Gi"},
+        "training": {"memory": "64Gi", "accelerator": "nvidia.com/gpu", "accelerators": 8, "retry": {"count": 4}},
+        "stages": {"sft": {"nodes": 4}, "evaluate": {"retry": {"count": 2}}},
+        "queue": "gpu",
+    }
+    spread = compile_pipeline(spec=ResourcesSpec.model_validate(content))
+    container, pod = executors(spread)["sft"]
+    assert not container.resources.accelerator.resource_type, "it would hold a GPU and wait"
+    assert container.resources.resource_memory_limit.endswith("--sft_memory']}}")
+    assert "sft_accelerators" not in spread.parameters and "ppo_accelerators" in spread.parameters
+    assert load_documents(spread.ir)[0]["root"]["inputDefinitions"]["parameters"]["sft_memory"]["defaultValue"] == "4Gi"
+    assert "kueue.x-k8s.io/queue-name" not in pod.pod_metadata.labels, "the TrainJob waits in the queue"
+    assert "kueue.x-k8s.io/queue-name" in executors(spread)["ppo"][1].pod_metadata.labels
+    assert tasks(spread)["sft"]["retryPolicy"]["maxRetryCount"] == 4
+    told = {
+        name: [e.value for e in container.env if e.name == "TUNEGATE_TRAINJOB"]
+        for name, (container, _) in executors(spread).items()
+    }
+    assert {name for name, values in told.items() if values} == {"sft", "finish"}
+    assert ResourcesSpec.model_validate_json(told["sft"][0]).of("sft") == ResourcesSpec.model_validate(content).of(
+        "sft"
+    )
+    assert ResourcesSpec.model_validate_json(told["sft"][0]).of("evaluate").retry.count == 2
+    assert ResourcesSpec.model_validate_json(told["sft"][0]).image == "registry.example.com/tunegate:1"
+
+
+def test_the_image_of_trainjobs_is_the_pipeline_s_own_where_none_is_named():
+    from tunegate.components.image import IMAGE
+
+    spread = compile_pipeline(spec=ResourcesSpec.model_validate({"stages": {"ppo": {"nodes": 2}}}))
+    container, _ = executors(spread)["ppo"]
+    (told,) = [e.value for e in container.env if e.name == "TUNEGATE_TRAINJOB"]
+    assert ResourcesSpec.model_validate_json(told).image == IMAGE
+
+
 def test_the_dag_is_the_pipeline_s_own(compiled, plain):
     assert tasks(compiled).keys() == tasks(plain).keys()
     one, other = load_documents(compiled.ir)[0], load_documents(plain.ir)[0]
     assert one["pipelineInfo"] == other["pipelineInfo"]
     added = compiled.parameters.keys() - plain.parameters.keys()
-    assert added and all(name.rpartition("_")[2] in {"cpu", "memory", "accelerators"} for name in added)
+    assert {name.partition("_")[2] for name in added} == PARAMETERS
 
 
 def test_version_follows_the_content(compiled, plain):
@@ -284,6 +350,9 @@ def test_unknown_long_and_doubled_parameters_are_refused():
         ({"labels": {"team": "two words"}}, "pattern"),
         ({"defaults": {"retry": {"backoff_seconds": 60, "max_backoff_seconds": 10}}}, "at least `backoff_seconds`"),
         ({"defaults": {"gpu": 1}}, "Extra inputs"),
+        ({"defaults": {"nodes": 2}}, "goes under `training`"),
+        ({"stages": {"evaluate": {"nodes": 2}}}, "evaluate runs on one node"),
+        ({"training": {"nodes": 2, "ephemeral_storage": "1Gi", "ephemeral_storage_class": "a"}}, "is for one node"),
     ],
 )
 def test_impossible_resources_are_refused(content, words):

@@ -10,9 +10,11 @@ from tunegate.cluster.compilation import CompiledPipeline
 from tunegate.cluster.connection import ConnectionSpec, connect
 from tunegate.cluster.doctor import examine, worst
 from tunegate.cluster.kube import Kube
-from tunegate.cluster.probes import ImageReference, probe_image, probe_mlflow, probe_s3
+from tunegate.cluster.probes import ImageReference, probe_image
 from tunegate.errors import TunegateError
 from tunegate.resources import ResourcesSpec
+from tunegate.storage.probe import probe_s3
+from tunegate.tracking.probe import probe_mlflow
 
 COMPILED = CompiledPipeline("instruction-tuning", "pipelineInfo: {name: instruction-tuning}", "ab12" * 16, "")
 DIGEST = "sha256:" + "1" * 64

@@ -28,7 +28,10 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _PARAMETER_MEANING = {
     "cpu": "Cores that the stage requests.",
     "memory": "Memory that the stage requests and may use at most.",
+    "accelerator": "Resource name of the accelerator that the stage requests.",
     "accelerators": "Number of accelerators that the stage requests.",
+    "node_selector": "Labels that the stage's node must have.",
+    "tolerations": "Taints that the stage's pod tolerates.",
 }
 # KFP stores parameter values in a pod's arguments; the driver refuses longer ones.
 _MAX_PARAMETER_BYTES = 10_000
@@ -133,13 +136,13 @@ def _with_resources(original: Any, spec: ResourcesSpec) -> Any:
 
     # kfp reads parameters, types and descriptions off the function, so they are added where it looks.
     extra = [
-        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=value, annotation=str)
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=value, annotation=type(value))
         for name, value in added.items()
     ]
     with_resources.__signature__ = signature.replace(  # type: ignore[attr-defined]
         parameters=[*signature.parameters.values(), *extra]
     )
-    with_resources.__annotations__ = {**body.__annotations__, **dict.fromkeys(added, str)}
+    with_resources.__annotations__ = {**body.__annotations__, **{n: type(v) for n, v in added.items()}}
     with_resources.__doc__ = _document(body.__doc__ or "", added)
     info = original.pipeline_spec.pipeline_info
     return dsl.pipeline(
@@ -151,7 +154,7 @@ def _document(docstring: str, added: Iterable[str]) -> str:
     """The docstring with a line for each added parameter in its Args section."""
     lines = inspect.cleandoc(docstring).splitlines()
     for name in added:
-        stage, _, kind = name.rpartition("_")
+        stage, _, kind = name.partition("_")
         lines.append(f"    {name}: {_PARAMETER_MEANING[kind]} ({stage})")
     return "\n".join(lines)
 

@@ -3,26 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, get_args
 
 from tunegate.cluster.client import Cluster
 from tunegate.cluster.errors import ClusterError
-from tunegate.cluster.probes import Finding, probe_image, probe_mlflow, probe_s3
+from tunegate.cluster.probes import probe_image
 from tunegate.errors import TunegateError
-from tunegate.resources import ResourcesSpec, StageName
+from tunegate.finding import Finding
+from tunegate.resources import TRAINER_GROUP, ResourcesSpec, StageName
+from tunegate.storage.probe import probe_s3
+from tunegate.tracking.probe import probe_mlflow
 
 if TYPE_CHECKING:
     from tunegate.cluster.compilation import CompiledPipeline
     from tunegate.cluster.kube import Kube
 
-#: What the pods of a run do in their namespace, as (verb, group, resource, why).
-_POD_PERMISSIONS = (
-    ("create", "argoproj.io", "workflowtaskresults", "Argo's executor reports a task's result"),
-    ("patch", "argoproj.io", "workflowtaskresults", "Argo's executor reports a task's result"),
-    ("get", "", "configmaps", "KFP's launcher reads kfp-launcher"),
-    ("get", "", "pods", "KFP's launcher reads its own pod"),
-)
+
+@dataclass(frozen=True)
+class _Permission:
+    """What pods do in their namespace, and why."""
+
+    verb: str
+    resource: str
+    why: str
+    group: str = ""
+    name: str = ""
+    """The one object that it is about; empty for any."""
+
+    @property
+    def role(self) -> str:
+        """Arguments of `kubectl create role` that grant it."""
+        full = f"{self.resource}.{self.group}" if self.group else self.resource
+        return f"--verb={self.verb} --resource={full}" + (f" --resource-name={self.name}" if self.name else "")
+
+
 _LAUNCHER = "kfp-launcher"
+_POD_PERMISSIONS = (
+    _Permission("create", "workflowtaskresults", "Argo's executor reports a task's result", "argoproj.io"),
+    _Permission("patch", "workflowtaskresults", "Argo's executor reports a task's result", "argoproj.io"),
+    _Permission("get", "configmaps", "Kubeflow's driver and launcher look up the bucket", name=_LAUNCHER),
+)
+#: What a stage on several nodes does besides.
+_TRAINER_PERMISSIONS = (
+    _Permission("create", "trainjobs", "a stage on several nodes submits a TrainJob", TRAINER_GROUP),
+    _Permission("get", "trainjobs", "it follows it", TRAINER_GROUP),
+    _Permission("list", "trainjobs", "the exit handler finds those of its run", TRAINER_GROUP),
+    _Permission("delete", "trainjobs", "the exit handler deletes them", TRAINER_GROUP),
+    _Permission("list", "pods", "a node that failed is found"),
+    _Permission("get", "pods/log", "its last lines are brought back"),
+)
 # Display names of tasks, which the pipelines use, break the lookup of inputs in older backends
 # (kubeflow/pipelines issue 11173).
 _OLDEST = (2, 15)
@@ -69,11 +99,12 @@ def examine(
         )
         return
     checks: list[Callable[[], Iterator[Finding]]] = [
-        lambda: _service_account(kube, service_account, root),
+        lambda: _service_account(kube, service_account, resources),
         lambda: _launcher(kube),
         lambda: _objects(kube, resources),
         lambda: _accelerators(kube, resources),
         lambda: _queue(kube, resources),
+        lambda: _trainer(kube, resources),
     ]
     for check in checks:
         yield from _tolerant(check)
@@ -138,7 +169,7 @@ def _tolerant(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
         yield Finding("Kubernetes", "skipped", f"the API cannot be reached: {error}", "kubectl get nodes must work")
 
 
-def _service_account(kube: Kube, name: str, root: str | None) -> Iterator[Finding]:
+def _service_account(kube: Kube, name: str, resources: ResourcesSpec) -> Iterator[Finding]:
     check = "service account"
     account = kube.service_account(name)
     if account is None:
@@ -149,26 +180,22 @@ def _service_account(kube: Kube, name: str, root: str | None) -> Iterator[Findin
             f"kubectl -n {kube.namespace} create serviceaccount {name}, or --service-account NAME",
         )
         return
-    missing = [
-        (verb, group, resource, why)
-        for verb, group, resource, why in _POD_PERMISSIONS
-        if not kube.may(name, verb, resource, group)
-    ]
-    for verb, group, resource, why in missing:
-        full = f"{resource}.{group}" if group else resource
+    needed = _POD_PERMISSIONS + (_TRAINER_PERMISSIONS if resources.distributed else ())
+    missing = [p for p in needed if not kube.may(name, p.verb, p.resource, p.group, p.name)]
+    for permission in missing:
+        role = f"tunegate-{permission.verb}-{permission.resource.replace('/', '-')}"
         yield Finding(
             check,
             "failure",
-            f"{name} may not {verb} {full}: {why}",
-            f"kubectl -n {kube.namespace} create role tunegate-{resource} --verb={verb} --resource={full} && kubectl "
-            f"-n {kube.namespace} create rolebinding tunegate-{resource} --role=tunegate-{resource} "
-            f"--serviceaccount={kube.namespace}:{name}",
+            f"{name} may not {permission.verb} {permission.name or permission.resource}: {permission.why}",
+            f"kubectl -n {kube.namespace} create role {role} {permission.role} && kubectl -n {kube.namespace} create "
+            f"rolebinding {role} --role={role} --serviceaccount={kube.namespace}:{name}",
         )
     annotations = account.metadata.annotations or {}
-    role = annotations.get("eks.amazonaws.com/role-arn")
+    aws_role = annotations.get("eks.amazonaws.com/role-arn")
     if not missing:
         yield Finding(
-            check, "ok", f"{kube.namespace}/{name} has what pods need" + (f"; AWS role {role}" if role else "")
+            check, "ok", f"{kube.namespace}/{name} has what pods need" + (f"; AWS role {aws_role}" if aws_role else "")
         )
 
 
@@ -225,8 +252,8 @@ def _objects(kube: Kube, resources: ResourcesSpec) -> Iterator[Finding]:
                 f"kubectl -n {kube.namespace} create secret docker-registry {name} --docker-server=…",
             )
     if certificates := resources.certificates:
-        found = kube.config_map(certificates.config_map)
-        if found is None or certificates.key not in (found.data or {}):
+        bundle = kube.config_map(certificates.config_map)
+        if bundle is None or certificates.key not in (bundle.data or {}):
             yield Finding(
                 "certificates",
                 "failure",
@@ -239,14 +266,16 @@ def _objects(kube: Kube, resources: ResourcesSpec) -> Iterator[Finding]:
 
 
 def _accelerators(kube: Kube, resources: ResourcesSpec) -> Iterator[Finding]:
-    wanted: dict[str, int] = {}
+    largest_pod: dict[str, int] = {}
+    together: dict[str, int] = {}
     for stage in get_args(StageName):
         sizes = resources.of(stage)
         if sizes.accelerator:
-            wanted[sizes.accelerator] = max(wanted.get(sizes.accelerator, 0), sizes.accelerators)
-    if not wanted:
+            largest_pod[sizes.accelerator] = max(largest_pod.get(sizes.accelerator, 0), sizes.accelerators)
+            together[sizes.accelerator] = max(together.get(sizes.accelerator, 0), sizes.accelerators * sizes.nodes)
+    if not largest_pod:
         yield Finding("accelerators", "ok", "no stage asks for one; training runs on CPU")
-    for name, count in wanted.items():
+    for name, count in largest_pod.items():
         nodes = kube.allocatable(name)
         left = kube.quota_left(name)
         largest = max(nodes.values(), default=0)
@@ -257,11 +286,19 @@ def _accelerators(kube: Kube, resources: ResourcesSpec) -> Iterator[Finding]:
                 f"a stage asks for {count} {name} in one pod, the largest node offers {largest}",
                 "add such a node and the device plugin, or set resources.training.accelerators lower",
             )
-        elif left is not None and left < count:
+        elif sum(nodes.values()) < together[name]:
             yield Finding(
                 "accelerators",
                 "failure",
-                f"a stage asks for {count} {name}, the quota of {kube.namespace} leaves {left}",
+                f"a stage asks for {together[name]} {name} on its nodes together, the cluster has "
+                f"{sum(nodes.values())}",
+                "add nodes, or set resources.training.nodes or accelerators lower",
+            )
+        elif left is not None and left < together[name]:
+            yield Finding(
+                "accelerators",
+                "failure",
+                f"a stage asks for {together[name]} {name}, the quota of {kube.namespace} leaves {left}",
                 f"raise requests.{name} in the ResourceQuota, or wait for other runs to end",
             )
         else:
@@ -281,6 +318,24 @@ def _queue(kube: Kube, resources: ResourcesSpec) -> Iterator[Finding]:
         )
     else:
         yield Finding("queue", "ok", f"the LocalQueue {resources.queue} exists")
+
+
+def _trainer(kube: Kube, resources: ResourcesSpec) -> Iterator[Finding]:
+    stages = resources.distributed
+    if not stages:
+        return
+    trainer = resources.trainer
+    where = f"{trainer.kind} {trainer.runtime}"
+    if kube.training_runtime(trainer.runtime, trainer.kind) is None:
+        yield Finding(
+            "trainer",
+            "failure",
+            f"{', '.join(stages)} ask for several nodes, but there is no {where}",
+            "install Kubeflow Trainer 2.2 or newer, then helm upgrade … --set trainer.enabled=true, or kubectl apply "
+            f"-n {kube.namespace} -k manifests/addons/trainer",
+        )
+    else:
+        yield Finding("trainer", "ok", f"{', '.join(stages)} run on several nodes by the {where}")
 
 
 def worst(findings: list[Finding]) -> int:

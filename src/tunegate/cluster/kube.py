@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from tunegate.cluster.connection import ConnectionSpec
-from tunegate.cluster.pods import STAGE_LABEL, stage_of
+from tunegate.cluster.pods import stage_of
+from tunegate.resources import TRAINER_GROUP, TRAINER_VERSION
+from tunegate.trainjob.objects import NODE, STAGE_LABEL, run_label
+from tunegate.trainjob.objects import RUN_LABEL as RECORD_LABEL
 
 RUN_LABEL = "pipeline/runid"
 # Argo writes the path of the node here, e.g. `run-x.root.tune-and-gate.sft.executor`.
 _NODE_ANNOTATION = "workflows.argoproj.io/node-name"
 _MAIN_CONTAINER = "main"
 _TIMEOUT = (5.0, 30.0)
+_KUEUE_VERSIONS = ("v1beta2", "v1beta1")
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class Pod:
     stage: str
     phase: str
     started: str
+    container: str = _MAIN_CONTAINER
 
 
 class Kube:
@@ -56,24 +61,31 @@ class Kube:
         self._custom = client.CustomObjectsApi(api)
         self._models = client
 
-    def pods(self, run_id: str) -> list[Pod]:
-        """The pods of a run that carry out stages, in the order of their start."""
-        listed = self._core.list_namespaced_pod(
-            self.namespace, label_selector=f"{RUN_LABEL}={run_id}", _request_timeout=_TIMEOUT
-        )
+    def pods(self, run_id: str, record_id: str) -> list[Pod]:
+        """The pods of a run that carry out stages, in the order of their start.
+
+        Args:
+            run_id: Kubeflow's id of the run, which its pods are labelled with.
+            record_id: The id of its records, which the nodes of its TrainJobs are labelled with.
+        """
         pods = []
-        for item in listed.items:
-            if stage := _stage_of_pod(item.metadata):
-                started = item.metadata.creation_timestamp.isoformat() if item.metadata.creation_timestamp else ""
-                pods.append(Pod(item.metadata.name, stage, item.status.phase or "", started))
+        for selector, container in (
+            (f"{RUN_LABEL}={run_id}", _MAIN_CONTAINER),
+            (f"{RECORD_LABEL}={run_label(record_id)}", NODE),
+        ):
+            listed = self._core.list_namespaced_pod(self.namespace, label_selector=selector, _request_timeout=_TIMEOUT)
+            for item in listed.items:
+                if stage := _stage_of_pod(item.metadata):
+                    started = item.metadata.creation_timestamp.isoformat() if item.metadata.creation_timestamp else ""
+                    pods.append(Pod(item.metadata.name, stage, item.status.phase or "", started, container))
         return sorted(pods, key=lambda p: p.started)
 
-    def log(self, pod: str, *, follow: bool = False) -> Iterator[str]:
+    def log(self, pod: Pod, *, follow: bool = False) -> Iterator[str]:
         """The lines of a pod's log."""
         stream = self._core.read_namespaced_pod_log(
-            pod,
+            pod.name,
             self.namespace,
-            container=_MAIN_CONTAINER,
+            container=pod.container,
             follow=follow,
             _preload_content=False,
             _request_timeout=None if follow else _TIMEOUT,
@@ -96,16 +108,50 @@ class Kube:
 
     def local_queue(self, name: str) -> Any | None:
         """A LocalQueue of Kueue, None when there is none."""
+        for version in _KUEUE_VERSIONS:
+            found = self._find(
+                lambda queue, namespace, version=version, **more: self._custom.get_namespaced_custom_object(
+                    "kueue.x-k8s.io", version, namespace, "localqueues", queue, **more
+                ),
+                name,
+            )
+            if found is not None:
+                return found
+        return None
+
+    def training_runtime(self, name: str, kind: str) -> Any | None:
+        """A runtime of Kubeflow Trainer, None when there is none (or no Trainer).
+
+        Args:
+            name: Its name.
+            kind: `TrainingRuntime` or `ClusterTrainingRuntime`.
+        """
+        if kind == "ClusterTrainingRuntime":
+            return self._find(
+                lambda runtime, _, **more: self._custom.get_cluster_custom_object(
+                    TRAINER_GROUP, TRAINER_VERSION, "clustertrainingruntimes", runtime, **more
+                ),
+                name,
+            )
         return self._find(
-            lambda queue, namespace, **more: self._custom.get_namespaced_custom_object(
-                "kueue.x-k8s.io", "v1beta1", namespace, "localqueues", queue, **more
+            lambda runtime, namespace, **more: self._custom.get_namespaced_custom_object(
+                TRAINER_GROUP, TRAINER_VERSION, namespace, "trainingruntimes", runtime, **more
             ),
             name,
         )
 
-    def may(self, service_account: str, verb: str, resource: str, group: str = "", subresource: str = "") -> bool:
-        """Whether a service account of the namespace may do something there."""
+    def may(self, service_account: str, verb: str, resource: str, group: str = "", name: str = "") -> bool:
+        """Whether a service account of the namespace may do something there.
+
+        Args:
+            service_account: Its name.
+            verb: E.g. `get`.
+            resource: E.g. `configmaps`, or with a subresource `pods/log`.
+            group: API group; empty for the core.
+            name: The one object that it is about; empty for any.
+        """
         models = self._models
+        resource, _, subresource = resource.partition("/")
         review = models.V1SubjectAccessReview(
             spec=models.V1SubjectAccessReviewSpec(
                 user=f"system:serviceaccount:{self.namespace}:{service_account}",
@@ -116,6 +162,7 @@ class Kube:
                     resource=resource,
                     group=group,
                     subresource=subresource or None,
+                    name=name or None,
                 ),
             )
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 from tunegate.cluster.client import Cluster
 from tunegate.cluster.errors import ClusterError
-from tunegate.cluster.follow import record_store, task_stages
+from tunegate.cluster.follow import record_id, record_store, task_stages
 from tunegate.cluster.kube import Kube
 from tunegate.errors import StorageError
 
@@ -43,7 +43,7 @@ def stage_logs(
         live: Go on with the log of a pod that is still running.
     """
     told: set[str] = set()
-    for log in _from_pods(kube, run.run_id, live):
+    for log in _from_pods(kube, run, live):
         if stage in {None, log.stage}:
             told.add(log.stage)
             yield log
@@ -58,16 +58,16 @@ def stage_logs(
     yield from _from_records(run, stage, told, root)
 
 
-def _from_pods(kube: Kube | None, run_id: str, live: bool) -> Iterator[StageLog]:
+def _from_pods(kube: Kube | None, run: Any, live: bool) -> Iterator[StageLog]:
     if kube is None:
         return
     import urllib3
     from kubernetes.client.exceptions import ApiException  # type: ignore[import-untyped]
 
     try:
-        for pod in kube.pods(run_id):
+        for pod in kube.pods(run.run_id, record_id(run)):
             if pod.phase != "Pending":
-                yield StageLog(pod.stage, pod.name, kube.log(pod.name, follow=live and pod.phase == "Running"))
+                yield StageLog(pod.stage, pod.name, kube.log(pod, follow=live and pod.phase == "Running"))
     except (ApiException, urllib3.exceptions.HTTPError):
         return  # no permission, or no way there: KFP has the logs as well
 

@@ -6,16 +6,17 @@ from collections.abc import Mapping
 from typing import Any, cast, get_args
 
 from tunegate.resources import TRAINING_STAGES, ResourcesSpec, StageName, StageResources
-
-PART_OF_LABEL = "app.kubernetes.io/part-of"
-STAGE_LABEL = "app.kubernetes.io/component"
-QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
-SCRATCH_PATH = "/workspace"
+from tunegate.trainjob.objects import (
+    CERTIFICATE_VARIABLES,
+    PART_OF_LABEL,
+    QUEUE_LABEL,
+    SCRATCH_PATH,
+    STAGE_LABEL,
+    VARIABLE,
+)
 
 #: Tasks whose name in the pipeline is not that of their stage.
 _STAGES = {"validate-data": "validate", "reward-model": "reward"}
-# Python's ssl module, requests (MLflow) and boto3 each look at a variable of their own.
-_CERTIFICATE_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE")
 
 
 def stage_of(task_name: str) -> StageName | None:
@@ -24,22 +25,27 @@ def stage_of(task_name: str) -> StageName | None:
     return cast("StageName", name) if name in get_args(StageName) else None
 
 
-def resource_parameters(spec: ResourcesSpec) -> dict[str, str]:
-    """Pipeline parameters for the sizes that `spec` sets, with their defaults, e.g. `{"sft_memory": "32Gi"}`.
+def resource_parameters(spec: ResourcesSpec) -> dict[str, Any]:
+    """Pipeline parameters for what `spec` sets and Kubeflow can take when a run starts, with their defaults.
 
-    All are strings: the backend reads them into the pod as Kubernetes quantities.
+    Sizes and counts are strings (`{"sft_memory": "32Gi"}`): the backend reads them into the pod as Kubernetes
+    quantities. Node selectors are mappings, tolerations lists, both as a PodSpec has them. What is not here (volumes,
+    retries, timeouts, secrets, labels) Kubeflow only takes compiled into the pipeline.
     """
-    parameters: dict[str, str] = {}
+    parameters: dict[str, Any] = {}
     if not spec.parameters:
         return parameters
     for stage in get_args(StageName):
-        sizes = spec.of(stage)
-        if sizes.cpu:
-            parameters[f"{stage}_cpu"] = sizes.cpu
-        if sizes.memory:
-            parameters[f"{stage}_memory"] = sizes.memory
-        if sizes.accelerator:
-            parameters[f"{stage}_accelerators"] = str(sizes.accelerators)
+        sizes = spec.pod_of(stage)
+        values: dict[str, Any] = {
+            "cpu": sizes.cpu,
+            "memory": sizes.memory,
+            "accelerator": sizes.accelerator,
+            "accelerators": str(sizes.accelerators) if sizes.accelerator else None,
+            "node_selector": sizes.node_selector,
+            "tolerations": [toleration.as_object() for toleration in sizes.tolerations],
+        }
+        parameters.update({f"{stage}_{kind}": value for kind, value in values.items() if value})
     return parameters
 
 
@@ -49,20 +55,30 @@ def apply_resources(tasks: Mapping[str, Any], spec: ResourcesSpec, parameters: M
     Args:
         tasks: The pipeline's `kfp.dsl.PipelineTask`s by name.
         spec: The `resources` section.
-        parameters: Pipeline channels that take the place of fixed sizes, by the names of `resource_parameters`.
+        parameters: Pipeline channels that take the place of fixed values, by the names of `resource_parameters`.
     """
-    channels = parameters or {}
+    given = parameters or {}
     for name, task in tasks.items():
         stage = stage_of(name)
-        sizes = spec.of(stage) if stage else spec.defaults
+        sizes = spec.pod_of(stage) if stage else spec.defaults
         prefix = f"{stage}_"
-        _size(task, sizes, {key.removeprefix(prefix): v for key, v in channels.items() if key.startswith(prefix)})
-        _place(task, sizes)
+        channels = {key.removeprefix(prefix): value for key, value in given.items() if key.startswith(prefix)}
+        _size(task, sizes, channels)
+        _place(task, sizes, channels)
         _volumes(task, sizes)
         _environment(task, spec)
-        _metadata(task, spec, stage or name, queued=stage in TRAINING_STAGES)
+        distributed = stage in spec.distributed
+        # A TrainJob waits in the queue itself; its stage's pod has nothing to wait for.
+        _metadata(task, spec, stage or name, queued=stage in TRAINING_STAGES and not distributed)
         if spec.image:
             task.set_container_image(spec.image)
+        if distributed or (stage == "finish" and spec.distributed):
+            task.set_env_variable(VARIABLE, _for_trainjobs(spec, task))
+
+
+def _for_trainjobs(spec: ResourcesSpec, task: Any) -> str:
+    """What a stage on several nodes builds its TrainJob from, as JSON."""
+    return spec.model_copy(update={"image": task.container_spec.image}).model_dump_json(exclude_unset=True)
 
 
 def _size(task: Any, sizes: StageResources, channels: Mapping[str, Any]) -> None:
@@ -74,7 +90,7 @@ def _size(task: Any, sizes: StageResources, channels: Mapping[str, Any]) -> None
         task.set_memory_request(channels.get("memory", sizes.memory))
         task.set_memory_limit(channels.get("memory", sizes.memory))
     if sizes.accelerator and (sizes.accelerators or "accelerators" in channels):
-        task.set_accelerator_type(sizes.accelerator)
+        task.set_accelerator_type(channels.get("accelerator", sizes.accelerator))
         task.set_accelerator_limit(channels.get("accelerators", sizes.accelerators))
     if sizes.retry.count:
         task.set_retry(
@@ -85,12 +101,17 @@ def _size(task: Any, sizes: StageResources, channels: Mapping[str, Any]) -> None
         )
 
 
-def _place(task: Any, sizes: StageResources) -> None:
+def _place(task: Any, sizes: StageResources, channels: Mapping[str, Any]) -> None:
     from kfp import kubernetes
 
-    for key, value in sizes.node_selector.items():
-        kubernetes.add_node_selector(task, key, value)
-    for toleration in sizes.tolerations:
+    if "node_selector" in channels:
+        kubernetes.add_node_selector_json(task, channels["node_selector"])
+    else:
+        for key, value in sizes.node_selector.items():
+            kubernetes.add_node_selector(task, key, value)
+    if "tolerations" in channels:
+        kubernetes.add_toleration_json(task, channels["tolerations"])
+    for toleration in sizes.tolerations if "tolerations" not in channels else ():
         kubernetes.add_toleration(
             task,
             key=toleration.key,
@@ -136,7 +157,7 @@ def _environment(task: Any, spec: ResourcesSpec) -> None:
         kubernetes.use_secret_as_env(task, secret.name, secret.keys, optional=secret.optional)
     if spec.certificates:
         kubernetes.use_config_map_as_volume(task, spec.certificates.config_map, spec.certificates.mount_path)
-        for name in _CERTIFICATE_VARIABLES:
+        for name in CERTIFICATE_VARIABLES:
             task.set_env_variable(name, spec.certificates.file)
     if spec.image_pull_secrets:
         kubernetes.set_image_pull_secrets(task, list(spec.image_pull_secrets))

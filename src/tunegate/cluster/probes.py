@@ -1,4 +1,4 @@
-"""Tries of what a run will need: S3 with multipart uploads, MLflow with its registry, the image in its registry."""
+"""A try of what the nodes of a cluster will need: the image in its registry."""
 
 from __future__ import annotations
 
@@ -6,160 +6,13 @@ import base64
 import json
 import os
 import re
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import urlsplit
 
 from tunegate.errors import TunegateError
+from tunegate.finding import Finding
 
-Level = Literal["ok", "warning", "failure", "skipped"]
 _TIMEOUT = (5.0, 15.0)
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What a check found."""
-
-    check: str
-    level: Level
-    message: str
-    fix: str = ""
-    """The line that mends it: a command, a setting, a manifest's field."""
-
-
-def probe_s3(root: str) -> Finding:
-    """Write, read, list, upload in parts and delete below a prefix, as a run does.
-
-    Args:
-        root: `s3://bucket/prefix`.
-    """
-    check = "S3"
-    parsed = urlsplit(root)
-    if parsed.scheme != "s3" or not parsed.netloc:
-        return Finding(check, "failure", f"{root} is no place on S3", "--storage-root s3://bucket/prefix")
-    import boto3
-    from botocore.config import Config
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    client = boto3.client("s3", config=Config(connect_timeout=5, read_timeout=15, retries={"max_attempts": 2}))
-    key = f"{parsed.path.strip('/')}/doctor-{uuid.uuid4().hex}".lstrip("/")
-    done = "nothing"
-    try:
-        content = uuid.uuid4().hex.encode()
-        client.put_object(Bucket=parsed.netloc, Key=key, Body=content)
-        done = "writing"
-        if client.get_object(Bucket=parsed.netloc, Key=key)["Body"].read() != content:
-            return Finding(check, "failure", f"{root} does not return what was written", "check the S3 service")
-        done = "writing and reading"
-        if client.list_objects_v2(Bucket=parsed.netloc, Prefix=key).get("KeyCount") != 1:
-            return Finding(check, "failure", f"{root} does not list what was written", "check the S3 service")
-        done = "writing, reading and listing"
-        _multipart(client, parsed.netloc, f"{key}-parts", content)
-        done = "writing, reading, listing and multipart uploads"
-        client.delete_object(Bucket=parsed.netloc, Key=key)
-        client.delete_object(Bucket=parsed.netloc, Key=f"{key}-parts")
-    except ClientError as error:
-        code = error.response.get("Error", {}).get("Code", "")
-        level: Level = "warning" if done.endswith("multipart uploads") else "failure"
-        doing = error.operation_name
-        return Finding(check, level, f"{root}: {doing} failed with {code}; {done} worked", _s3_fix(code, doing, parsed))
-    except BotoCoreError as error:
-        return Finding(
-            check,
-            "failure",
-            f"{root}: {error}",
-            "export AWS_ENDPOINT_URL_S3=https://… AWS_REGION=… and credentials (AWS_PROFILE, or AWS_ACCESS_KEY_ID)",
-        )
-    where = client.meta.endpoint_url
-    return Finding(check, "ok", f"{root} at {where}: writing, reading, listing, multipart uploads and deleting work")
-
-
-def _multipart(client: Any, bucket: str, key: str, content: bytes) -> None:
-    upload = client.create_multipart_upload(Bucket=bucket, Key=key)["UploadId"]
-    try:
-        part = client.upload_part(Bucket=bucket, Key=key, UploadId=upload, PartNumber=1, Body=content)
-        client.complete_multipart_upload(
-            Bucket=bucket,
-            Key=key,
-            UploadId=upload,
-            MultipartUpload={"Parts": [{"ETag": part["ETag"], "PartNumber": 1}]},
-        )
-    except BaseException:
-        client.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload)
-        raise
-
-
-_S3_ACTIONS = {
-    "PutObject": "s3:PutObject",
-    "GetObject": "s3:GetObject",
-    "ListObjectsV2": "s3:ListBucket",
-    "CreateMultipartUpload": "s3:PutObject",
-    "UploadPart": "s3:PutObject",
-    "CompleteMultipartUpload": "s3:PutObject",
-    "AbortMultipartUpload": "s3:AbortMultipartUpload",
-    "DeleteObject": "s3:DeleteObject",
-}
-
-
-def _s3_fix(code: str, operation: str, place: Any) -> str:
-    if code == "NoSuchBucket":
-        return f"aws s3 mb s3://{place.netloc}"
-    if code in {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}:
-        return "renew the credentials: aws sts get-caller-identity must work (AWS_PROFILE, AWS_ACCESS_KEY_ID)"
-    if code in {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"}:
-        return "export AWS_REGION=<the bucket's region>"
-    action = _S3_ACTIONS.get(operation, f"s3:{operation}")
-    return f"allow {action} on arn:aws:s3:::{place.netloc}{'' if action == 's3:ListBucket' else '/*'}"
-
-
-def probe_mlflow(uri: str | None) -> Finding:
-    """Read from the tracking server and from its registry.
-
-    Args:
-        uri: The tracking URI; None takes MLFLOW_TRACKING_URI.
-    """
-    check = "MLflow"
-    address = uri or os.environ.get("MLFLOW_TRACKING_URI", "").strip()
-    if not address:
-        return Finding(
-            check, "warning", "no tracking server is named", "--tracking-uri http://mlflow.mlflow:5000, or tracking.uri"
-        )
-    if address.startswith("sqlite:"):
-        return Finding(
-            check, "failure", f"{address} lies on this machine", "--tracking-uri http://… (the server's address)"
-        )
-    from tunegate.tracking.client import connect, error_code
-    from tunegate.tracking.uri import describe_uri
-
-    shown = describe_uri(address)
-    try:
-        client = connect(address)
-        client.search_experiments(max_results=1)
-    except Exception as error:
-        return Finding(check, "failure", f"{shown}: {_first_line(error)}", _mlflow_fix(error_code(error)))
-    try:
-        found = client.search_registered_models(max_results=1)
-    except Exception as error:
-        return Finding(
-            check,
-            "failure",
-            f"{shown}: tracking works, but the model registry does not: {_first_line(error)}",
-            "run the server on a database: mlflow server --backend-store-uri postgresql://…",
-        )
-    models = "models are registered there" if found else "no model is registered yet"
-    return Finding(check, "ok", f"{shown}: tracking and model registry answer; {models}")
-
-
-def _mlflow_fix(code: str) -> str:
-    if code in {"UNAUTHENTICATED", "PERMISSION_DENIED"}:
-        return "export MLFLOW_TRACKING_TOKEN=…, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-    return "check the address (curl URI/health must say OK), and REQUESTS_CA_BUNDLE for a CA of your own"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 @dataclass(frozen=True)

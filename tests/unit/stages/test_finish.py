@@ -2,6 +2,8 @@
 
 import pytest
 
+from tunegate.errors import SpecError
+from tunegate.stages import finish, preflight
 from tunegate.stages.finish import close_run
 from tunegate.stages.preflight import effective_root, effective_run_id, spec_from_parameters
 from tunegate.storage.runs import RunRecord, RunStore, StageRecord
@@ -73,11 +75,62 @@ def test_cost_is_time_times_price(store):
     assert (cost["total"], cost["currency"]) == (1.5, "EUR")
 
 
-def test_ids_and_roots_fall_back_to_kubeflows():
+def test_the_id_falls_back_to_kubeflows():
     assert effective_run_id("", "job-1") == "job-1"
     assert effective_run_id("mine", "job-1") == "mine"
-    assert effective_root("", "s3://bucket/root/") == "s3://bucket/root/tunegate"
-    assert effective_root("/data", "s3://bucket/root") == "/data"
+
+
+PLACEHOLDER = "{{$.pipeline_root}}"
+
+
+@pytest.mark.parametrize(
+    ("given", "pipeline_root", "site", "root"),
+    [
+        ("", "/here/artifacts/", None, "/here/artifacts/tunegate"),
+        ("/data", "/here/artifacts", None, "/data"),
+        ("s3://bucket/mine", "/here/artifacts", None, "s3://bucket/mine"),
+        ("", "/here/artifacts", "s3://site/root", "/here/artifacts/tunegate"),
+        ("s3://bucket/mine/", PLACEHOLDER, "s3://site/root", "s3://bucket/mine"),
+        ("", PLACEHOLDER, "s3://site/root/", "s3://site/root"),
+        ("", "s3://bucket/root/", None, "s3://bucket/root/tunegate"),
+        ("", "minio://mlpipeline/v2/artifacts", "s3://site/root", "s3://site/root"),
+    ],
+)
+def test_where_the_records_go(monkeypatch, given, pipeline_root, site, root):
+    monkeypatch.delenv("TUNEGATE_S3_ROOT", raising=False)
+    if site:
+        monkeypatch.setenv("TUNEGATE_S3_ROOT", site)
+    assert effective_root(given, pipeline_root) == root
+
+
+@pytest.mark.parametrize(
+    ("given", "pipeline_root", "words"),
+    [
+        ("", PLACEHOLDER, "TUNEGATE_S3_ROOT in the pods' environment"),
+        ("/data", PLACEHOLDER, "storage_root to s3://bucket/prefix"),
+        (".tunegate", "s3://bucket/root", "storage_root to s3://bucket/prefix"),
+        ("", "minio://mlpipeline/v2", "s3://mlpipeline/v2/tunegate, with AWS_ENDPOINT_URL_S3"),
+        ("gs://bucket/here", PLACEHOLDER, "s3://bucket/here with AWS_ENDPOINT_URL_S3=https://storage.googleapis.com"),
+        ("", "", "give a folder"),
+    ],
+)
+def test_a_cluster_s_pods_never_keep_records_to_themselves(monkeypatch, given, pipeline_root, words):
+    monkeypatch.delenv("TUNEGATE_S3_ROOT", raising=False)
+    with pytest.raises(SpecError) as caught:
+        effective_root(given, pipeline_root)
+    assert words in str(caught.value)
+    assert caught.value.key == "storage_root"
+
+
+def test_preflight_and_finish_refuse_before_they_write(monkeypatch, tmp_path):
+    monkeypatch.delenv("TUNEGATE_S3_ROOT", raising=False)
+    monkeypatch.chdir(tmp_path)
+    place = {"run_id": "", "job_id": "job-1", "storage_root": "", "pipeline_root": PLACEHOLDER}
+    with pytest.raises(SpecError, match="a place on S3"):
+        preflight.run(spec=tmp_path / "spec", parameters={}, overrides={}, profile="smoke", spec_uri="", **place)
+    with pytest.raises(SpecError, match="a place on S3"):
+        finish.run(state="FAILED", report=tmp_path / "report.html", **place)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_flat_parameters_make_a_layer_and_empty_ones_do_not():
