@@ -23,7 +23,7 @@ from tunegate.section import Section
 from tunegate.storage.config import StorageSpec
 from tunegate.storage.manifest import digest_json
 from tunegate.tracking.config import TrackingSpec
-from tunegate.training.config import ModelSpec, RewardSpec, SFTSpec
+from tunegate.training.config import DistributedSpec, ModelSpec, RewardSpec, SFTSpec
 from tunegate.training.ppo_config import PPOSpec
 
 PROFILES = ("smoke", "demo")
@@ -66,6 +66,9 @@ class TuneSpec(Section):
 
     ppo: PPOSpec = PPOSpec()
     """Stage 3: RLHF by PPO."""
+
+    distributed: DistributedSpec = DistributedSpec()
+    """How many processes train together; does not change what is learned."""
 
     evaluation: EvaluationSpec = EvaluationSpec()
     """What is measured on base, SFT and candidate."""

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from tunegate.observer import Observer
 from tunegate.stages.context import StageContext
+from tunegate.training.launch import launch
 from tunegate.training.stopping import stop_on_sigterm
 
 Result = TypeVar("Result")
@@ -37,9 +38,11 @@ def train(
     if name is not None:
         checkpoints, mirror = checkpoints / name, mirror.below(name) if mirror is not None else None
     with stop_on_sigterm() as stop_requested:
-        return trainer(
+        return launch(
+            trainer,
             *inputs,
             **options,
+            distributed=context.spec.distributed,
             observer=observer or context.observer,
             checkpoints=checkpoints,
             mirror=mirror,

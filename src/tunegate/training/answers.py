@@ -147,7 +147,7 @@ def answer_nll(model: Any, chat: Chat, encoded: EncodedRows, observer: Observer)
     done = 0
     for group in token_budget_batches(encoded.lengths, _EVALUATION_TOKENS):
         answers = padded([encoded.rows[index] for index in group], chat.pad_id).to(device)
-        with torch.inference_mode():
+        with torch.no_grad():  # inference tensors could not take part in a later backward pass of sharded layers
             hidden_ND, targets_N = _predictors(hidden_states(model, answers.batch), answers)
             nll_N = token_nll(hidden_ND, *head_of(model), targets_N).double()
             counts_B = answers.answer_mask_BT.sum(1)

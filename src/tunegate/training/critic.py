@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tunegate.training.config import Precision
+from tunegate.training.config import Precision, Sharding
 from tunegate.training.models import checkpoint_activations, hidden_states, load_sequence_scorer
 from tunegate.training.policy import ResponseBatch
+from tunegate.training.sharding import ShardedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +65,14 @@ class SharedTrunkCritic:
 
     Attributes:
         module: What is trained.
+        sharded: True if its layers are cut over the ranks.
         gain: Readings are taken as gain x reading + bias, so that the critic starts out on the scale of the scores.
         bias: See `gain`.
     """
 
     def __init__(self, width: int, hidden: int, device: torch.device) -> None:
         self.module: nn.Module = ValueHead(width, hidden).to(device)
+        self.sharded = False
         self.gain = 1.0
         self.bias = 0.0
 
@@ -91,22 +94,29 @@ class SeparateCritic:
 
     Attributes:
         module: What is trained.
+        sharded: True if its layers are cut over the ranks.
         gain: Value = gain x raw output + bias, so that the critic starts out on the scale of the scores.
         bias: See `gain`.
     """
 
-    def __init__(self, path: Path, *, precision: Precision, gradient_checkpointing: bool) -> None:
+    def __init__(
+        self, path: Path, *, precision: Precision, gradient_checkpointing: bool, sharding: Sharding = "none"
+    ) -> None:
         """Start from the weights of a folder.
 
         Args:
             path: A reward model, or a causal model (whose head starts at 0).
             precision: Of the matrix products.
             gradient_checkpointing: Recompute activations in the backward pass.
+            sharding: `full` cuts the layers over the ranks.
         """
-        self.module: nn.Module = load_sequence_scorer(path, precision)
+        model = load_sequence_scorer(path, precision)
         self.gain, self.bias = 1.0, 0.0
         if gradient_checkpointing:
-            checkpoint_activations(self.module)
+            checkpoint_activations(model)
+        whole = ShardedModel(model, sharding)
+        self.module: nn.Module = whole.model
+        self.sharded = whole.sharded
 
     def values(self, batch: ResponseBatch, features: Sequence[Features]) -> Tensor:
         """Value before each response token of the batch, [N] fp32; `features` are not used."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from tunegate.storage.stores import Store
+from tunegate.storage.stores import Store, open_store
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,3 +27,11 @@ class Mirror:
     def clear(self) -> None:
         """Remove all copies: the finished model replaces them."""
         self.store.remove(self.key)
+
+    def __reduce__(self) -> tuple[Callable[[str, str], Mirror], tuple[str, str]]:
+        """A process of the same training opens the store anew: connections do not travel."""
+        return _reopened, (self.store.uri, self.key)
+
+
+def _reopened(uri: str, key: str) -> Mirror:
+    return Mirror(open_store(uri), key)

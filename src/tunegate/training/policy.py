@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tunegate.errors import SpecError
 from tunegate.training.batching import Batch, pad_right
 from tunegate.training.chat import Chat
-from tunegate.training.config import LoraSpec
+from tunegate.training.config import LoraSpec, Sharding
 from tunegate.training.lora import add_lora
 from tunegate.training.losses import Head
 from tunegate.training.models import (
@@ -40,6 +40,7 @@ from tunegate.training.models import (
 )
 from tunegate.training.ppo_config import PPOSpec
 from tunegate.training.rollout import Generator
+from tunegate.training.sharding import ShardedModel
 
 EAGER_TOKENS = 768
 """On CPUs the backward pass of the fused attention kernel is slower than that of plain matrix products (a whole step
@@ -103,10 +104,15 @@ class Policy:
         has_stem: True if the layers below the adapters are computed separately.
     """
 
-    def __init__(self, path: Path, spec: PPOSpec) -> None:
+    def __init__(self, path: Path, spec: PPOSpec, sharding: Sharding = "none") -> None:
         """Load the model of a folder and prepare it for training as the spec says.
 
         Adapters are drawn from torch's global generator.
+
+        Args:
+            path: Model folder.
+            spec: The `ppo` section.
+            sharding: With `full` and `method: full` the trained weights are cut over the ranks; adapters stay whole.
 
         Raises:
             ModelError: If the folder is not a causal language model.
@@ -133,12 +139,19 @@ class Policy:
             self._frozen_head = Head.of(self._reference)
         if spec.gradient_checkpointing:
             checkpoint_activations(self.model)
+        whole = ShardedModel(self.model, sharding if spec.method == "full" else "none", keep_on_device=True)
+        self._sharded, self.model = whole, whole.model
         self.sampler = Generator(sampled, self.chat, context=self.context)
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
         return next(self.model.parameters()).device  # type: ignore[no-any-return]
+
+    @property
+    def sharded(self) -> bool:
+        """True if the trained weights are cut over the ranks."""
+        return self._sharded.sharded
 
     @property
     def has_stem(self) -> bool:
@@ -176,7 +189,9 @@ class Policy:
             stem_BTD: What `reference_hidden` gave for these rows; None runs the whole trunk.
         """
         if stem_BTD is None:
-            return hidden_states(self.model, batch)
+            # Without gradients the sampler, which has the same weights, need not wait for other ranks.
+            whole = self.model if torch.is_grad_enabled() else self._sharded.plain
+            return hidden_states(whole, batch)
         output: Tensor = self._upper(inputs_embeds=stem_BTD, use_cache=False).last_hidden_state
         return output
 
@@ -186,6 +201,7 @@ class Policy:
     def refresh(self) -> None:
         """Bring the sampler up to date with the trained parameters."""
         if self._adapted is None:
+            self._sharded.refresh()
             return
         for target, layer in self._merged:
             weight = layer.get_base_layer().weight.float() + layer.get_delta_weight("default").float()

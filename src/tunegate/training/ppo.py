@@ -24,6 +24,7 @@ from tunegate.storage.manifest import digest_json
 from tunegate.training.advantages import explained_variance, masked_mean, regression_line
 from tunegate.training.batching import shuffled
 from tunegate.training.checkpoint import CheckpointFolder, model_digest, seed_everything
+from tunegate.training.config import Sharding
 from tunegate.training.heldout import Measurement, by_source, examples, measure, paired_difference
 from tunegate.training.kl import KLController, LagrangeMultiplier
 from tunegate.training.measure import peak_memory_bytes
@@ -72,6 +73,7 @@ def train_ppo(
     mirror: Mirror | None = None,
     judge: Path | None = None,
     stop_requested: Callable[[], bool] | None = None,
+    sharding: Sharding = "none",
 ) -> PPOResult:
     """Train a policy against a reward model and write the result as a plain model folder with `training.json`.
 
@@ -88,6 +90,7 @@ def train_ppo(
         mirror: Where copies of the checkpoints go, so that another machine can resume.
         judge: Folder of a second reward model, which PPO does not train on: it tells learning from reward hacking.
         stop_requested: Asked before each update; when true, a checkpoint is written and training stops.
+        sharding: What the processes of a `torchrun` share, see `DistributedSpec`.
 
     Raises:
         DataError: If no prompt, or fewer than two held-out prompts, fit.
@@ -96,7 +99,7 @@ def train_ppo(
         TrainingError: If the reward tells no two responses apart or gradients stay not finite.
     """
     seed_everything(seed)
-    run = _Run(policy, reward, judge, prompts, heldout_prompts, spec, seed, observer or NullObserver())
+    run = _Run(policy, reward, judge, prompts, heldout_prompts, spec, seed, observer or NullObserver(), sharding)
     if checkpoints is not None:
         parts = ["ppo", spec.model_dump(mode="json"), seed, *(model_digest(p) for p in (policy, reward, judge) if p)]
         ids = [[prompt.id for prompt in group] for group in (run.prompts, run.heldout)]
@@ -130,8 +133,10 @@ class _Run:
         spec: PPOSpec,
         seed: int,
         observer: Observer,
+        sharding: Sharding,
     ) -> None:
         self.spec = spec
+        self.sharding = sharding
         self.seed = seed
         self.observer = observer
         self.updates = spec.steps if spec.enabled else 0
@@ -140,7 +145,7 @@ class _Run:
         self.stopped: str | None = None
         self.started = time.perf_counter()
 
-        self.policy = Policy(policy, spec)
+        self.policy = Policy(policy, spec, sharding)
         self.scorers = make_scorers(reward, judge, spec)
         self.prompts = fitting_prompts(prompts, self.policy, self.scorers)
         self.heldout = fitting_prompts(heldout, self.policy, self.scorers)[: spec.evaluate_prompts]
@@ -160,7 +165,7 @@ class _Run:
         learners: dict[str, Learner] = {}
         for name, source in sources.items():
             if name in self.scorers:
-                critic = make_critic(self.scorers[name], source, self.policy, self.observer)
+                critic = make_critic(self.scorers[name], source, self.policy, self.observer, self.sharding)
                 optimizer = Optimizer(
                     critic.module.named_parameters(),
                     optimizer_spec(spec),
@@ -510,8 +515,10 @@ class _Run:
     # -- state and result -----------------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        if self.folder is not None and world()[0] == 0:
-            self.folder.save(self.state.update, self.state.state_dict())
+        if self.folder is not None:
+            content = self.state.state_dict()  # every rank has its part in it
+            if world()[0] == 0:
+                self.folder.save(self.state.update, content)
 
     def keep(self) -> Measurement:
         """Go back to the best policy where the spec, or a watchdog, says so; its held-out measurement."""

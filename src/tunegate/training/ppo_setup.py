@@ -8,7 +8,7 @@ from pathlib import Path
 from tunegate.data.records import Prompt
 from tunegate.errors import DataError, SpecError
 from tunegate.observer import Observer
-from tunegate.training.config import OptimizerSpec
+from tunegate.training.config import OptimizerSpec, Sharding
 from tunegate.training.critic import Critic, SeparateCritic, SharedTrunkCritic
 from tunegate.training.policy import Policy
 from tunegate.training.ppo_config import CostSpec, PPOSpec
@@ -53,7 +53,9 @@ def _cost_scorer(cost: CostSpec, spec: PPOSpec) -> Scorer:
     return Scorer([RewardModel.load(Path(str(cost.model)), precision=spec.precision)], name="cost")
 
 
-def make_critic(scorer: Scorer, source: Path | None, policy: Policy, observer: Observer) -> Critic:
+def make_critic(
+    scorer: Scorer, source: Path | None, policy: Policy, observer: Observer, sharding: Sharding = "none"
+) -> Critic:
     """The critic of a signal: on the scoring model's trunk or weights, if it reads the policy's tokens.
 
     Args:
@@ -61,6 +63,7 @@ def make_critic(scorer: Scorer, source: Path | None, policy: Policy, observer: O
         source: Folder of its model, if any.
         policy: The policy, whose trunk or weights serve otherwise.
         observer: Told if they do.
+        sharding: Of a separate critic.
     """
     spec = policy.spec
     readable = scorer.can_read(policy.chat)
@@ -68,7 +71,12 @@ def make_critic(scorer: Scorer, source: Path | None, policy: Policy, observer: O
         observer.note(f"the {scorer.name} model has other tokens than the policy: the critic starts from the policy")
     if spec.critic == "separate":
         start = source if readable and source is not None else policy.path
-        return SeparateCritic(start, precision=spec.precision, gradient_checkpointing=spec.gradient_checkpointing)
+        return SeparateCritic(
+            start,
+            precision=spec.precision,
+            gradient_checkpointing=spec.gradient_checkpointing,
+            sharding=sharding,
+        )
     width = (scorer.models[0].model if readable else policy.model).config.hidden_size
     return SharedTrunkCritic(int(width), spec.critic_hidden, policy.device)
 

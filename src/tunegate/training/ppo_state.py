@@ -93,7 +93,7 @@ class PPOState:
             "reference": self.reference.state_dict() if self.reference is not None else None,
             "latest": self.latest.state_dict() if self.latest is not None else None,
             "best": self.best.state_dict() if self.best is not None else None,
-            "best_weights": dict(self.best_weights),
+            "best_weights": self.policy_optimizer.gathered(self.best_weights),
             "evaluations": [item.model_dump() for item in self.evaluations],
             "candidates": self.candidates,
             "history": [item.model_dump() for item in self.history],
@@ -120,7 +120,7 @@ class PPOState:
         self.reference = Measurement(**state["reference"]) if state["reference"] else None
         self.latest = Measurement(**state["latest"]) if state["latest"] else None
         self.best = Measurement(**state["best"]) if state["best"] else None
-        self.best_weights = dict(state["best_weights"])
+        self.best_weights = self.policy_optimizer.scattered(state["best_weights"])
         self.evaluations = [HeldoutFigures(**item) for item in state["evaluations"]]
         self.candidates = int(state["candidates"])
         self.history = [UpdateSummary(**item) for item in state["history"]]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, distributed
 
@@ -45,6 +46,15 @@ def agreed(flag: bool) -> bool:
     return bool(sum_over_ranks(torch.tensor(float(flag), device=device)) > 0)
 
 
+def largest(count: int) -> int:
+    """The largest of every rank's number."""
+    if world()[1] == 1:
+        return count
+    counts = [0] * world()[1]
+    distributed.all_gather_object(counts, count)
+    return max(counts)
+
+
 def from_first(value: Item) -> Item:
     """Rank 0's value, on every rank."""
     if world()[1] == 1:
@@ -68,6 +78,15 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     parts = torch.split(flat, [gradient.numel() for gradient in gradients])
     for gradient, summed in zip(gradients, parts, strict=True):
         gradient.copy_(summed.view_as(gradient))
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Seed torch for the noise of one step of this rank: noise on embeddings, dropout in adapters.
+
+    A function of seed, step and rank, so that ranks draw different noise and a resumed run the same again.
+    """
+    number = int(np.random.SeedSequence([seed, step, world()[0]]).generate_state(1, np.uint64)[0])
+    torch.manual_seed(number >> 1)
 
 
 def gather(items: Sequence[Item], total: int) -> list[Item]:

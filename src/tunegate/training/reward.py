@@ -30,7 +30,7 @@ from tunegate.training.checkpoint import (
     seed_everything,
     set_rng_state,
 )
-from tunegate.training.config import RewardSpec
+from tunegate.training.config import RewardSpec, Sharding
 from tunegate.training.lora import add_lora, merge_lora
 from tunegate.training.measure import peak_memory_bytes, release_memory
 from tunegate.training.mirror import Mirror
@@ -43,7 +43,7 @@ from tunegate.training.models import (
     precision_of,
 )
 from tunegate.training.optim import Optimizer
-from tunegate.training.ranks import agreed, share, sum_over_ranks, world
+from tunegate.training.ranks import agreed, seed_step, share, sum_over_ranks, world
 from tunegate.training.results import RewardEvaluation, RewardResult
 from tunegate.training.reward_data import (
     Item,
@@ -58,6 +58,7 @@ from tunegate.training.reward_frozen import FittedHead, fit_head
 from tunegate.training.reward_losses import pairwise_loss, pointwise_loss
 from tunegate.training.reward_model import RewardHead, RewardModel
 from tunegate.training.reward_scores import item_features, raw_item_scores, score_items
+from tunegate.training.sharding import ShardedModel, in_step
 
 RESULT_FILE = "training.json"
 _HOPELESS = 20  # so many bad steps in a row are no accident
@@ -79,6 +80,7 @@ def train_reward(
     checkpoints: Path | None = None,
     mirror: Mirror | None = None,
     stop_requested: Callable[[], bool] | None = None,
+    sharding: Sharding = "none",
 ) -> RewardResult:
     """Train a reward model and write it as a plain folder with `reward_head.json` and `training.json`.
 
@@ -95,6 +97,7 @@ def train_reward(
         checkpoints: Folder to resume from and to write checkpoints to; unset means neither.
         mirror: Where copies of the checkpoints go, so that another machine can resume.
         stop_requested: Asked before each step; when true, a checkpoint is written and training stops.
+        sharding: What the processes of a `torchrun` share, see `DistributedSpec`.
 
     Raises:
         DataError: If the objective finds nothing to learn from.
@@ -108,7 +111,7 @@ def train_reward(
     data = _encode(chat, pairs, ratings, spec, max_length)
     scorer = load_sequence_scorer(model)
     init_score_head(scorer, seed=seed)
-    run = _Run(spec, scorer, chat, data, seed, observer)
+    run = _Run(spec, scorer, chat, data, seed, observer, sharding)
     if checkpoints is not None and spec.trunk != "frozen":
         run.folder = CheckpointFolder(
             checkpoints,
@@ -231,8 +234,18 @@ class _Progress:
 class _Run:
     """One training run: the plan, the loop, and its state."""
 
-    def __init__(self, spec: RewardSpec, model: Any, chat: Chat, data: _Data, seed: int, observer: Observer) -> None:
+    def __init__(
+        self,
+        spec: RewardSpec,
+        model: Any,
+        chat: Chat,
+        data: _Data,
+        seed: int,
+        observer: Observer,
+        sharding: Sharding,
+    ) -> None:
         self.spec = spec
+        self.sharding = sharding
         self.model = model
         self.chat = chat
         self.data = data
@@ -243,6 +256,7 @@ class _Run:
         self.resumed_from: int | None = None
         self.ridge: float | None = None
         self.optimizer: Optimizer | None = None
+        self.in_step = False
         # Expected pairs and ratings an item, see the module's docstring.
         self.pair_share = data.pairs / len(data.items)
         self.rating_share = data.ratings / len(data.items)
@@ -288,6 +302,8 @@ class _Run:
         adapted = add_lora(self.model, spec.lora, key="reward.lora") if spec.trunk == "lora" else None
         if spec.gradient_checkpointing:
             checkpoint_activations(self.model)
+        sharded = ShardedModel(self.model, self.sharding)
+        self.model, self.in_step = sharded.model, sharded.sharded
         plan: list[list[int]] = []
         for epoch in range(spec.epochs):
             order = shuffled(len(self.data.items), seed=self.seed, epoch=epoch)
@@ -311,6 +327,7 @@ class _Run:
             self.observer.progress(state.step, len(plan), "step", "reward model")
             if state.step % every == 0 or state.step == len(plan):
                 self._save()
+        self.model = sharded.whole()
         if adapted is not None:
             merge_lora(adapted)
 
@@ -322,11 +339,12 @@ class _Run:
         # Loss, pairs ranked right (ties half), pairs: summed over ranks.
         totals = torch.zeros(3, dtype=torch.float64)
         budget = microbatch_budget(self.spec.microbatch_tokens, self.model.score.weight.device)
-        for group in token_budget_batches([item.tokens for item in own], budget):
-            part = [own[index] for index in group]
+        seed_step(self.seed, state.step)
+        parts = [[own[i] for i in group] for group in token_budget_batches([item.tokens for item in own], budget)]
+        for part, weight in in_step(parts, step_items[:1], needed=self.in_step):
             loss, right, pairs = self._loss(part, len(step_items))
-            loss.backward()  # type: ignore[no-untyped-call]
-            totals += torch.tensor([float(loss.detach()), right, pairs], dtype=torch.float64)
+            (weight * loss).backward()  # type: ignore[no-untyped-call]
+            totals += weight * torch.tensor([float(loss.detach()), right, pairs], dtype=torch.float64)
         report = optimizer.step()
         release_memory()
         loss_sum, right_sum, pair_count = sum_over_ranks(totals).tolist()
@@ -388,14 +406,15 @@ class _Run:
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        if self.folder is None or self.optimizer is None or world()[0] != 0:
+        if self.folder is None or self.optimizer is None:
             return
         state = {
             "optimizer": self.optimizer.state_dict(),
             "rng": rng_state(),
             "progress": dict(vars(self.progress)),
         }
-        self.folder.save(self.progress.step, state)
+        if world()[0] == 0:
+            self.folder.save(self.progress.step, state)
 
     def _resume(self) -> None:
         found = self.folder.latest() if self.folder is not None else None

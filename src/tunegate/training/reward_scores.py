@@ -54,7 +54,7 @@ def _by_item(
     found: dict[int, np.ndarray] = {}
     for group in token_budget_batches([item.tokens for item in items], _SCORING_TOKENS):
         part = [items[index] for index in group]
-        with torch.inference_mode():
+        with torch.no_grad():  # inference tensors could not take part in a later backward pass of sharded layers
             values = compute(part).double().cpu().numpy()
         start = 0
         for index, item in zip(group, part, strict=True):

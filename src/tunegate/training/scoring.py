@@ -30,6 +30,7 @@ from tunegate.training.ppo_config import EnsembleSpec
 from tunegate.training.ranks import gather
 from tunegate.training.reward_model import RewardModel
 from tunegate.training.rollout import Completion
+from tunegate.training.sharding import in_step
 
 RewardFunction = Callable[[list[Messages], list[str]], Sequence[float]]
 
@@ -200,7 +201,8 @@ def score_policy(
 def set_values(rollout: Rollout, signal: Signal, critic: Critic, *, pad_id: int, budget: int) -> None:
     """Compute V_old of every response token."""
     signal.values_BT = torch.zeros(rollout.mask_BT.shape, device=rollout.mask_BT.device)
-    for rows in token_budget_batches(rollout.row_lengths, budget):
+    groups = token_budget_batches(rollout.row_lengths, budget)
+    for rows, _ in in_step(groups, groups[0], needed=critic.sharded):
         values_N = critic.values(rollout.batch(rows, pad_id), signal.features_of(rows))
         spread(values_N, rows, rollout.mask_BT, signal.values_BT)
 

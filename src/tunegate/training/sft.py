@@ -36,7 +36,7 @@ from tunegate.training.checkpoint import (
     seed_everything,
     set_rng_state,
 )
-from tunegate.training.config import Precision, SFTSpec
+from tunegate.training.config import Precision, SFTSpec, Sharding
 from tunegate.training.lora import add_lora, merge_lora
 from tunegate.training.measure import peak_memory_bytes, release_memory
 from tunegate.training.mirror import Mirror
@@ -50,8 +50,9 @@ from tunegate.training.models import (
     save_model,
 )
 from tunegate.training.optim import Optimizer
-from tunegate.training.ranks import agreed, share, sum_over_ranks, world
+from tunegate.training.ranks import agreed, seed_step, share, sum_over_ranks, world
 from tunegate.training.results import NLL, HeldoutPoint, SFTResult
+from tunegate.training.sharding import ShardedModel, in_step
 
 RESULT_FILE = "training.json"
 _HOPELESS = 20  # so many bad steps in a row are no accident
@@ -95,6 +96,7 @@ def train_sft(
     checkpoints: Path | None = None,
     mirror: Mirror | None = None,
     stop_requested: Callable[[], bool] | None = None,
+    sharding: Sharding = "none",
 ) -> SFTResult:
     """Fine-tune a model on conversations and write the result as a plain model folder with `training.json`.
 
@@ -109,6 +111,7 @@ def train_sft(
         checkpoints: Folder to resume from and to write checkpoints to; unset means neither.
         mirror: Where copies of the checkpoints go, so that another machine can resume.
         stop_requested: Asked before each step; when true, a checkpoint is written and training stops.
+        sharding: What the processes of a `torchrun` share, see `DistributedSpec`.
 
     Raises:
         DataError: If no training conversation fits.
@@ -139,7 +142,7 @@ def train_sft(
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".sft-") as scratch:
-        run = _Run(spec, language_model, chat, encoded, measured, seed, observer, folder, Path(scratch))
+        run = _Run(spec, language_model, chat, encoded, measured, seed, observer, folder, Path(scratch), sharding)
         run.fit(stop_requested or (lambda: False))
         run.keep_best()
     after = answer_nll(language_model, chat, measured, observer) if measured.rows else None
@@ -182,10 +185,11 @@ class _Run:
         observer: Observer,
         folder: CheckpointFolder | None,
         scratch: Path,
+        sharding: Sharding,
     ) -> None:
         self.spec = spec
         self.best_file = scratch / "best.pt"  # on disk: in memory it would be one more copy of the model
-        self.model = model
+        self.seed = seed
         self.chat = chat
         self.encoded = encoded
         self.measured = measured
@@ -198,6 +202,8 @@ class _Run:
                 parameter.requires_grad_(False)
         if spec.gradient_checkpointing:
             checkpoint_activations(model)
+        self.sharded = ShardedModel(model, sharding)
+        self.model = self.sharded.model
         self.plan, epoch_ends = plan_steps(spec, encoded.lengths, seed)
         total = len(self.plan)
         every = spec.evaluate_every
@@ -205,7 +211,7 @@ class _Run:
         each = spec.checkpoint_every
         self.checkpoint_at = set(range(each, total, each)) if each else self.measure_at | epoch_ends
         self.optimizer = Optimizer(
-            model.named_parameters(), spec, learning_rate=spec.peak_learning_rate, total_steps=total
+            self.model.named_parameters(), spec, learning_rate=spec.peak_learning_rate, total_steps=total
         )
         self.progress = _Progress()
         self.resumed_from: int | None = None
@@ -245,8 +251,11 @@ class _Run:
         budget = microbatch_budget(spec.microbatch_tokens, device)
         pack_to = pack_width(spec.max_length, budget) if spec.packing else None
         loss_sum = torch.zeros((), device=device)
-        for answers in microbatches(share(step_rows), self.chat.pad_id, budget=budget, pack_to=pack_to):
-            loss = answer_loss(self.model, answers.to(device), neftune_alpha=spec.neftune_alpha)
+        seed_step(self.seed, state.step)
+        own = share(step_rows)
+        batches = microbatches(own or step_rows[:1], self.chat.pad_id, budget=budget, pack_to=pack_to)
+        for answers, weight in in_step(batches if own else [], batches[0], needed=self.sharded.sharded):
+            loss = weight * answer_loss(self.model, answers.to(device), neftune_alpha=spec.neftune_alpha)
             (loss / answer_tokens).backward()  # type: ignore[no-untyped-call]
             loss_sum += loss.detach()
         report = self.optimizer.step()
@@ -302,25 +311,26 @@ class _Run:
         """Go back to the weights with the best held-out loss, and merge adapters."""
         if self.best_file.is_file() and self.progress.best_step != self.progress.step:
             self.optimizer.set_weights(torch.load(self.best_file, weights_only=True))
+        self.model = self.sharded.whole()
         if self.adapted is not None:
             merge_lora(self.adapted)
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        if self.folder is None or world()[0] != 0:
+        if self.folder is None:
             return
-        state = self.progress
-        best_is_older = self.best_file.is_file() and state.best_step != state.step
-        self.folder.save(
-            state.step,
-            {
-                "optimizer": self.optimizer.state_dict(),
-                "rng": rng_state(),
-                "progress": dict(vars(state)),
-                "best_weights": torch.load(self.best_file, weights_only=True) if best_is_older else None,
-            },
-        )
+        state, best = self.progress, None
+        if self.best_file.is_file() and state.best_step != state.step:
+            best = self.optimizer.gathered(torch.load(self.best_file, weights_only=True))
+        content = {
+            "optimizer": self.optimizer.state_dict(),
+            "rng": rng_state(),
+            "progress": dict(vars(state)),
+            "best_weights": best,
+        }
+        if world()[0] == 0:
+            self.folder.save(state.step, content)
 
     def _resume(self) -> None:
         found = self.folder.latest() if self.folder is not None else None
@@ -329,7 +339,8 @@ class _Run:
         self.optimizer.load_state_dict(found.state["optimizer"])
         self.progress = _Progress(**found.state["progress"])
         if self.progress.best_step:
-            torch.save(found.state["best_weights"] or self.optimizer.weights(), self.best_file)
+            best = found.state["best_weights"]
+            torch.save(self.optimizer.scattered(best) if best else self.optimizer.weights(), self.best_file)
         set_rng_state(found.state["rng"])
         self.resumed_from = found.step
         self.observer.note(f"supervised fine-tuning goes on from the checkpoint at step {found.step}")

@@ -27,6 +27,7 @@ from tunegate.training.policy import Policy
 from tunegate.training.ppo_config import PPOSpec
 from tunegate.training.ranks import sum_over_ranks
 from tunegate.training.scoring import Rollout
+from tunegate.training.sharding import in_step
 
 EARLY_STOP_FACTOR = 1.5
 """An update ends early when KL(new, old) exceeds this many times its target (TRAINING, line 22)."""
@@ -139,6 +140,7 @@ def ppo_update(
         update: Number of the update, for the permutations.
     """
     figures = UpdateFigures(value_loss=dict.fromkeys(learners, 0.0), value_norm=dict.fromkeys(learners, 0.0))
+    in_lockstep = policy.sharded or any(learner.critic.sharded for learner in learners.values())
     steps = 0
     for epoch in range(spec.epochs):
         # Everything of the rollout stays frozen; only the order is new (TRAINING, line 20).
@@ -149,7 +151,8 @@ def ppo_update(
             tokens = float(sum_over_ranks(rollout.lengths_B[rows].sum()))
             sums = torch.zeros(3, device=rollout.mask_BT.device)
             value_sums = {name: torch.zeros((), device=rollout.mask_BT.device) for name in learners}
-            for part in token_budget_batches([rollout.row_lengths[row] for row in rows], spec.microbatch_tokens):
+            parts = token_budget_batches([rollout.row_lengths[row] for row in rows], spec.microbatch_tokens)
+            for part, weight in in_step(parts, parts[0], needed=in_lockstep):
                 micro = [rows[place] for place in part]
                 batch = rollout.batch(micro, policy.chat.pad_id)
                 hidden_ND = batch.predictors(policy.hidden(batch.batch, rollout.stem(micro)))
@@ -182,9 +185,9 @@ def ppo_update(
                         tokens=tokens,
                     )
                     loss = loss + spec.value_coefficient * critic_loss
-                    value_sums[name] += critic_loss.detach()
-                loss.backward()  # type: ignore[no-untyped-call]
-                sums += torch.stack([surrogate.loss.detach(), surrogate.clipped, surrogate.divergence])
+                    value_sums[name] += weight * critic_loss.detach()
+                (weight * loss).backward()  # type: ignore[no-untyped-call]
+                sums += weight * torch.stack([surrogate.loss.detach(), surrogate.clipped, surrogate.divergence])
             loss_sum, clipped, divergence = sum_over_ranks(sums).tolist()
             figures.divergence = divergence
             if spec.kl.early_stop is not None and divergence > EARLY_STOP_FACTOR * spec.kl.early_stop:
@@ -242,11 +245,12 @@ def warm_up_critic(
         for start in range(spec.minibatches):
             rows = order[start :: spec.minibatches]
             tokens = float(sum_over_ranks(rollout.lengths_B[rows].sum()))
-            for part in token_budget_batches([rollout.row_lengths[row] for row in rows], spec.microbatch_tokens):
+            parts = token_budget_batches([rollout.row_lengths[row] for row in rows], spec.microbatch_tokens)
+            for part, weight in in_step(parts, parts[0], needed=learner.critic.sharded):
                 micro = [rows[place] for place in part]
                 values_N = learner.critic.values(rollout.batch(micro, pad_id), signal.features_of(micro))
                 error_N = values_N - rollout.valid(signal.returns_BT, micro)
-                loss = 0.5 * error_N.square().sum() / tokens
+                loss = weight * 0.5 * error_N.square().sum() / tokens
                 loss.backward()  # type: ignore[no-untyped-call]
                 loss_sum += float(loss.detach()) / spec.minibatches
             learner.optimizer.step()
