@@ -50,6 +50,7 @@ def test_every_python_file_is_in_the_wheel(wheel_names):
         "tunegate/data/checks/toxicity.npz",
         "tunegate/starter/sft.jsonl",
         "tunegate/starter/safety.jsonl",
+        "tunegate/starter/lookalike.jsonl",
         "tunegate/starter/preferences.jsonl",
         "tunegate/starter/evaluation.jsonl",
         "tunegate/starter/bias_questions.jsonl",

@@ -83,7 +83,8 @@ def _starter(uri: str, key: str) -> Iterator[SourceFile]:
             "there is no such file in the starter data",
             key=key,
             value=uri,
-            fix="one of starter:sft.jsonl, starter:preferences.jsonl, starter:evaluation.jsonl",
+            fix="one of "
+            + ", ".join(f"starter:{n}.jsonl" for n in ("sft", "safety", "lookalike", "preferences", "evaluation")),
         )
     with resources.as_file(entry) as path:
         yield SourceFile(path, uri)

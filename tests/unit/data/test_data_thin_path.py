@@ -6,7 +6,7 @@ from tunegate.observer import NullObserver
 
 def test_starter_data_goes_through_the_gate(tmp_path: Path) -> None:
     spec = DataSpec(
-        sft=["starter:sft.jsonl"],
+        sft=["starter:sft.jsonl", "starter:safety.jsonl", "starter:lookalike.jsonl"],
         preferences=["starter:preferences.jsonl"],
         evaluation=["starter:evaluation.jsonl"],
     )
