@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import getpass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tunegate.cli.app import app, emit_json
 from tunegate.cli.options import DEFAULT_ROOT, AsJson, Root
 from tunegate.errors import GateError
+
+if TYPE_CHECKING:
+    from tunegate.registry.balance import Share, VersionBalance
 
 registry = typer.Typer(help="Look into the model registry.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(registry, name="registry")
@@ -89,6 +92,62 @@ def reject(
 
     reject_version(tracking_uri(uri, root), name, version, who=_who(who), why=why)
     typer.echo(f"{name} version {version} is rejected")
+
+
+@app.command()
+def balance(
+    name: Name,
+    out: Annotated[Path | None, typer.Option("--out", help="The picture; by default NAME-balance.svg.")] = None,
+    last: Annotated[int, typer.Option("--last", min=1, help="At most so many of the newest versions.")] = 20,
+    uri: Uri = None,
+    root: Root = DEFAULT_ROOT,
+    as_json: AsJson = False,
+) -> None:
+    """Show how useful and how safe each version is, and draw it."""
+    from tunegate.registry.registry import balance as read_balance
+    from tunegate.stages.versions import draw_versions
+
+    found = read_balance(tracking_uri(uri, root), name, last=last)
+    picture = draw_versions(found)
+    target = out or (None if as_json else Path(f"{name}-balance.svg"))
+    if picture is not None and target is not None:
+        target.write_text(picture, encoding="utf-8")
+    if as_json:
+        emit_json(found.model_dump(mode="json"))
+        return
+    _print_balance(found)
+    if picture is not None:
+        typer.echo(f"wrote {target}")
+
+
+def _print_balance(found: VersionBalance) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("version", "aliases", "verdict", "wins over base", "safe", "over-refusal", "from", ""):
+        table.add_column(column, justify="right" if column in {"wins over base", "safe", "over-refusal"} else "left")
+    for point in found.points:
+        remarks = ["on the front"] * point.on_front + ["other conditions"] * (not point.comparable)
+        table.add_row(
+            point.version,
+            ", ".join(point.aliases),
+            "rejected" if point.rejected else point.verdict,
+            _share(point.useful),
+            _share(point.safe),
+            "" if point.over_refusal is None else f"{point.over_refusal:.1%}",
+            f"{point.parent} ({point.link})" if point.parent else "",
+            ", ".join(remarks),
+        )
+    console = Console()
+    console.print(table)
+    for number, reason in found.left_out.items():
+        console.print(f"version {number} is left out: {reason}", style="dim", highlight=False)
+
+
+def _share(share: Share) -> str:
+    shown = f"{share.estimate:.1%}"
+    return shown if share.low is None or share.high is None else f"{shown} [{share.low:.1%}, {share.high:.1%}]"
 
 
 @registry.command()

@@ -169,6 +169,37 @@ class Balance:
 
 
 @dataclass(frozen=True, slots=True)
+class Version:
+    """A registered version's place between usefulness (x) and safety (y)."""
+
+    version: str
+    label: str
+    role: str
+    """Its colour: `champion`, `candidate` (the version of this run, or the newest one), `anchor` or `other`."""
+    useful: Estimate
+    safe: Estimate
+    over_refusal: float | None = None
+    aliases: tuple[str, ...] = ()
+    verdict: str = ""
+    rejected: bool = False
+    parent: str = ""
+    """The version it was made from, or measured against."""
+    made_from: bool = False
+    comparable: bool = True
+    """Measured under the same conditions as the newest version."""
+    on_front: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Versions:
+    """The balance over the versions of the registered model, as it stood when this run registered its own."""
+
+    name: str
+    points: list[Version]
+    notes: list[str]
+
+
+@dataclass(frozen=True, slots=True)
 class Panel:
     """One small chart of curves over steps."""
 
@@ -326,6 +357,7 @@ class Facts:
     cost: Cost | None
     planned_seconds: dict[str, float]
     registration: Registration | None
+    versions: Versions | None
     host: dict[str, str]
     spec: dict[str, Any]
     report_uri: str

@@ -16,7 +16,7 @@ import yaml
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
-from tunegate.report import charts, curves, diagrams, formats, wording
+from tunegate.report import balance, charts, curves, diagrams, formats, wording
 from tunegate.report.facts import ROLE_NAMES, ROLES, Bar, Estimate, Facts, Metric, Reference, Sample, Unit
 from tunegate.report.reading import read_facts
 from tunegate.report.svg import tag
@@ -38,7 +38,8 @@ _CHARTS: dict[str, Any] = {
     "gate_strip": charts.gate_strip,
     "interval_chart": charts.interval_chart,
     "bound_bar": charts.bound_bar,
-    "balance_chart": charts.balance_chart,
+    "balance_chart": balance.balance_chart,
+    "versions_chart": balance.versions_chart,
     "reliability_chart": charts.reliability_chart,
     "histogram": charts.histogram,
     "count_bars": charts.count_bars,
@@ -120,6 +121,8 @@ def _context(facts: Facts) -> dict[str, Any]:
         "figure": charts.figure,
         "interval": charts.interval,
         "estimate_figures": _estimate_figures,
+        "version_notes": wording.version_notes(facts.versions) if facts.versions else [],
+        "versions_axes": wording.VERSION_AXES,
         "answers_lead": wording.answers_lead(facts),
         "reward": _reward,
         "whole": lambda value: formats.DASH if value is None else f"{value:,.0f}",
@@ -170,6 +173,7 @@ def _sections(facts: Facts) -> list[tuple[str, str]]:
         ("gates", "Gates", facts.gates),
         ("effect", "Effect", _measured(facts)),
         ("balance", "Balance", facts.balance or facts.metrics),
+        ("versions", "Versions", facts.versions),
         ("curves", "Curves", _curve_stages(facts)),
         ("answers", "Answers", facts.samples),
         ("reward", "Reward", facts.reward),

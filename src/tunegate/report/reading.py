@@ -14,6 +14,7 @@ from tunegate.report.reading_data import read_data
 from tunegate.report.reading_effects import read_effects, read_remarks, read_reward
 from tunegate.report.reading_gates import read_gates
 from tunegate.report.reading_models import read_evaluation_facts, read_examples
+from tunegate.report.reading_versions import read_versions
 from tunegate.report.tolerant import first, load, mapping, mappings, real, string, strings
 from tunegate.storage.runs import RunStore, StageRecord
 
@@ -77,6 +78,7 @@ def read_facts(run: RunStore) -> Facts:
         cost=_cost(load(run, "cost.json"), plan),
         planned_seconds=_planned_seconds(plan),
         registration=registration,
+        versions=read_versions(load(run, "balance.json"), registration),
         host={k: v for k, v in (record.host if record else {}).items() if v},
         spec=spec,
         report_uri=without_password(run.uri),

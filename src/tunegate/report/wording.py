@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tunegate.report import formats
-from tunegate.report.facts import Facts, Gate, Outcome, Registration, Sample
+from tunegate.report.facts import Facts, Gate, Outcome, Registration, Sample, Versions
 from tunegate.storage.runs import RunRecord, StageRecord
 
 STAGE_ORDER = (
@@ -19,6 +19,8 @@ STAGE_ORDER = (
     "register",
     "promote",
 )
+#: What the balance over versions counts: usefulness and safety.
+VERSION_AXES = ("Win rate against the base model", "Harmful requests safely declined")
 TAG_ORDER = ("everyday", "lookalike", "harmful")
 _TAG_TITLES = {
     "everyday": ("Everyday requests", "should be answered, and well"),
@@ -197,6 +199,13 @@ def _about_reward(blocking: list[Gate]) -> bool:
 
 def _about_sft(blocking: list[Gate]) -> bool:
     return bool(blocking) and all(g.name == "sft.safety" for g in blocking)
+
+
+def version_notes(versions: Versions) -> list[str]:
+    """What a reader of the versions' chart should know."""
+    others = [v.label for v in versions.points if not v.comparable]
+    told = f"{', '.join(others)}: measured on other prompts, otherwise, or against another base model" if others else ""
+    return [note for note in (told, *versions.notes) if note]
 
 
 def absent(facts: Facts, what: str, stage: str) -> str:

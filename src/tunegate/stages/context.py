@@ -316,6 +316,8 @@ _STAGE_FILES: dict[str, tuple[str, ...]] = {
     "ppo": ("ppo.json",),
     "evaluate": ("evaluation.json",),
     "decide": ("decision.json",),
+    "register": ("balance.json",),
+    "promote": ("balance.json",),
 }
 
 

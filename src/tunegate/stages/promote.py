@@ -6,6 +6,7 @@ import getpass
 from pathlib import Path
 
 from tunegate.stages.context import Outcome, StageContext, run_stage
+from tunegate.stages.versions import record_balance
 
 
 def run(*, spec: Path, version: str) -> str:
@@ -33,6 +34,7 @@ def run(*, spec: Path, version: str) -> str:
         return Outcome(
             summary=f"{promotion.name} version {promotion.version} is champion{was}",
             values={"name": promotion.name, "version": promotion.version, "alias": "champion"},
+            files=record_balance(context),
         )
 
     record = run_stage(

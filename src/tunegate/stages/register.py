@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tunegate.stages.card import card_facts
 from tunegate.stages.context import Outcome, StageContext, run_stage
+from tunegate.stages.versions import record_balance
 
 
 def run(*, spec: Path, candidate: Path, evaluation: Path, decision: Path) -> str:
@@ -45,6 +46,7 @@ def run(*, spec: Path, candidate: Path, evaluation: Path, decision: Path) -> str
         return Outcome(
             summary=f"{registered.name} version {registered.version}, alias {registered.alias}",
             values={"name": registered.name, "version": registered.version, "alias": registered.alias},
+            files=record_balance(context),
         )
 
     record = run_stage(

@@ -61,7 +61,12 @@ def aliases_of(client: Any, name: str = NAME) -> dict[str, int]:
 
 
 def make_artifacts(
-    folder: Path, content: str, verdict: str = "PROMOTE", reasons: Sequence[str] = (), champion: str = ""
+    folder: Path,
+    content: str,
+    verdict: str = "PROMOTE",
+    reasons: Sequence[str] = (),
+    champion: str = "",
+    parents: dict[str, str] | None = None,
 ) -> Made:
     """A model of some bytes with a manifest, an evaluation, and a decision about them."""
     model, evaluation, decision = folder / "model", folder / "evaluation", folder / "decision"
@@ -71,7 +76,11 @@ def make_artifacts(
     (model / "model.safetensors").write_bytes(content.encode() * 100)
     (model / "tokenizer" / "vocab.txt").write_text("a\nb\n")
     manifest = write_manifest(
-        model, kind="model", parents={"dataset": "d" * 64, "sft": "e" * 64}, spec_digest="5" * 64, seeds={"ppo": 1}
+        model,
+        kind="model",
+        parents={"dataset": "d" * 64, "sft": "e" * 64, **(parents or {})},
+        spec_digest="5" * 64,
+        seeds={"ppo": 1},
     )
     (evaluation / "evaluation.json").write_text(json.dumps({"of": content}))
     evaluated = write_manifest(evaluation, kind="evaluation", parents={}, spec_digest="5" * 64, seeds={})
@@ -92,6 +101,21 @@ def make_artifacts(
     return Made(model, decision, evaluation, manifest.digest)
 
 
+def register_artifacts(uri: str, made: Made, *, approvals: int = 0, content: str = "") -> Registered:
+    """Register what a run has made."""
+    return register(
+        uri,
+        RegistrySpec(model_name=NAME, approvals=approvals),
+        model=made.model,
+        decision=made.decision,
+        evaluation=made.evaluation,
+        run_id=f"run-{content or made.model.parent.name}",
+        mlflow_run_id=None,
+        lineage={"base": "b" * 64},
+        model_card=f"# {content}\n",
+    )
+
+
 def _champion_digest(uri: str) -> str:
     client = connect(uri)
     try:
@@ -107,16 +131,6 @@ def add(tmp_path: Path) -> Callable[..., Registered]:
 
     def add_version(uri: str, content: str, verdict: str = "PROMOTE", *, approvals: int = 0) -> Registered:
         made = make_artifacts(tmp_path / "made" / content, content, verdict, champion=_champion_digest(uri))
-        return register(
-            uri,
-            RegistrySpec(model_name=NAME, approvals=approvals),
-            model=made.model,
-            decision=made.decision,
-            evaluation=made.evaluation,
-            run_id=f"run-{content}",
-            mlflow_run_id=None,
-            lineage={"base": "b" * 64},
-            model_card=f"# {content}\n",
-        )
+        return register_artifacts(uri, made, approvals=approvals, content=content)
 
     return add_version

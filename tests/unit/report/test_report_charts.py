@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from tunegate.report import charts, curves, diagrams, svg
+from tunegate.report import balance, charts, curves, diagrams, svg
 from tunegate.report.facts import (
     Balance,
     Bar,
@@ -170,7 +170,7 @@ def test_balance_puts_better_models_right_and_up():
         Balance("anchor", "Base", Estimate(0.5), Estimate(0.8, 0.7, 0.88), 0.02),
         Balance("candidate", "PPO", Estimate(0.7, 0.6, 0.8), Estimate(0.95, 0.9, 0.99), 0.6),
     ]
-    root = parse(charts.balance_chart(points, {"safe": 0.9}, "Win rate", "Declined"))
+    root = parse(balance.balance_chart(points, {"safe": 0.9}, "Win rate", "Declined"))
     base, ppo = all_of(root, "circle", **{"class": "marker"})
     assert float(base.get("cx")) < float(ppo.get("cx"))
     assert float(base.get("cy")) > float(ppo.get("cy"))
@@ -183,7 +183,7 @@ def test_labels_of_models_in_one_place_do_not_cover_each_other():
         Balance(role, name, Estimate(0.5, 0.4, 0.6), Estimate(0.9, 0.8, 0.95), None)
         for role, name in (("anchor", "Base"), ("sft", "SFT"), ("candidate", "PPO"), ("champion", "Champion"))
     ]
-    root = parse(charts.balance_chart(points, {}, "Win rate", "Declined"))
+    root = parse(balance.balance_chart(points, {}, "Win rate", "Declined"))
     places = {(e.get("x"), e.get("y")) for e in all_of(root, "text", **{"class": "name"})}
     assert len(places) == 4
 
