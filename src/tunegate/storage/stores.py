@@ -10,12 +10,24 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, Protocol
-from urllib.parse import urlparse
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import Protocol
 
 from tunegate.errors import StorageError
-from tunegate.storage.manifest import MANIFEST_NAME
+from tunegate.storage.manifest import MANIFEST_NAME, Manifest, list_files
+from tunegate.storage.s3 import split_uri
+from tunegate.storage.transfer import PART_BYTES, Bucket
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A key of a store, the bytes under it, and when they were written."""
+
+    key: str
+    size: int
+    modified: datetime
 
 
 class Store(Protocol):
@@ -31,6 +43,9 @@ class Store(Protocol):
 
     def keys(self, prefix: str) -> Iterator[str]:
         """All keys below `prefix`, sorted."""
+
+    def entries(self, prefix: str) -> Iterator[Entry]:
+        """All keys below `prefix` with their sizes and ages, sorted."""
 
     def put_tree(self, key: str, folder: Path) -> str:
         """Publish a folder under `key`; its manifest goes last, so a reader sees all or nothing. Returns the URI."""
@@ -95,13 +110,19 @@ class LocalStore:
         except FileNotFoundError:
             return None
 
-    def keys(self, prefix: str) -> Iterator[str]:
-        """See `Store.keys`."""
+    def entries(self, prefix: str) -> Iterator[Entry]:
+        """See `Store.entries`."""
         base = self._path(prefix)
         if base.is_dir():
             for path in sorted(base.rglob("*")):
                 if path.is_file():
-                    yield path.relative_to(self.root).as_posix()
+                    facts = path.stat()
+                    modified = datetime.fromtimestamp(facts.st_mtime, UTC)
+                    yield Entry(path.relative_to(self.root).as_posix(), facts.st_size, modified)
+
+    def keys(self, prefix: str) -> Iterator[str]:
+        """See `Store.keys`."""
+        return (entry.key for entry in self.entries(prefix))
 
     def put_tree(self, key: str, folder: Path) -> str:
         """See `Store.put_tree`."""
@@ -134,93 +155,103 @@ class LocalStore:
 
 
 class S3Store:
-    """A prefix of an S3 bucket; endpoint, region and credentials come from the usual AWS settings."""
+    """A prefix of an S3 bucket; endpoint, region and credentials come from the usual AWS settings.
 
-    def __init__(self, uri: str) -> None:
-        parsed = urlparse(uri)
-        if not parsed.netloc:
-            raise StorageError("an S3 root needs a bucket", key="storage.root", value=uri, fix="s3://bucket/prefix")
+    Every method raises `StorageUnavailableError` when S3 cannot be used now (the same call may succeed later), and
+    `StorageError` when bucket or object are not there or damaged.
+
+    Args:
+        uri: `s3://bucket/prefix`.
+        part_bytes: Larger files are transferred in parts of this size.
+    """
+
+    def __init__(self, uri: str, *, part_bytes: int = PART_BYTES) -> None:
+        name, self.prefix = split_uri(uri, key="storage.root")
         self.uri = uri.rstrip("/")
-        self.bucket = parsed.netloc
-        self.prefix = parsed.path.strip("/")
+        self.bucket = Bucket(name, part_bytes=part_bytes)
 
-    @property
-    def _client(self) -> Any:
-        import boto3
-
-        return boto3.client("s3")
-
-    def _key(self, key: str) -> str:
+    def key(self, key: str) -> str:
+        """The object's key in the bucket."""
         return f"{self.prefix}/{key}" if self.prefix else key
 
     def put(self, key: str, data: bytes) -> None:
-        """See `Store.put` (a PutObject is atomic).
-
-        Raises:
-            StorageError: S3 refused; the message names the object and the cause.
-        """
-        self._call("put_object", key, Body=data)
+        """See `Store.put` (a PutObject is atomic)."""
+        self.bucket.put(self.key(key), data)
 
     def get(self, key: str) -> bytes | None:
         """See `Store.get`."""
-        response = self._call("get_object", key, missing_ok=True)
-        return None if response is None else bytes(response["Body"].read())
+        return self.bucket.get(self.key(key))
+
+    def entries(self, prefix: str) -> Iterator[Entry]:
+        """See `Store.entries`."""
+        skip = len(self.prefix) + 1 if self.prefix else 0
+        for found in self.bucket.objects(self.key(prefix)):
+            yield Entry(found.key[skip:], found.size, found.modified)
 
     def keys(self, prefix: str) -> Iterator[str]:
         """See `Store.keys`."""
-        skip = len(self.prefix) + 1 if self.prefix else 0
-        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self._key(prefix))
-        for page in pages:
-            for entry in page.get("Contents", []):
-                yield entry["Key"][skip:]
+        return (entry.key for entry in self.entries(prefix))
 
     def put_tree(self, key: str, folder: Path) -> str:
-        """See `Store.put_tree`."""
-        client = self._client
-        if self.get(f"{key}/{MANIFEST_NAME}") is None:
-            files = sorted(p for p in folder.rglob("*") if p.is_file())
-            files.sort(key=lambda p: p.name == MANIFEST_NAME)
-            for path in files:
-                client.upload_file(str(path), self.bucket, self._key(f"{key}/{path.relative_to(folder).as_posix()}"))
+        """See `Store.put_tree`; files that an earlier, interrupted attempt has sent are not sent again."""
+        base, path = self.key(key), folder / MANIFEST_NAME
+        if not path.is_file():
+            raise StorageError("the folder has no manifest.json, so it is not finished", key=str(folder))
+        data, there = path.read_bytes(), self.get(f"{key}/{MANIFEST_NAME}")
+        if there is None or not _same(there, data):
+            manifest = _manifest(data)
+            files = manifest.files if manifest is not None else list_files(folder)
+            self.bucket.upload_all((folder / f.path, f"{base}/{f.path}", f.sha256) for f in files)
+            there = data
+        # Written anew in any case: what was published or used just now is young, and no garbage.
+        self.bucket.put(f"{base}/{MANIFEST_NAME}", there)
         return f"{self.uri}/{key}"
 
     def get_tree(self, key: str, folder: Path) -> None:
-        """See `Store.get_tree`."""
-        client = self._client
-        found = list(self.keys(f"{key}/"))
-        if f"{key}/{MANIFEST_NAME}" not in found:
-            raise StorageError("no such artifact, or it was not published whole", key=f"{self.uri}/{key}")
-        for name in found:
-            target = folder / name[len(key) + 1 :]
-            target.parent.mkdir(parents=True, exist_ok=True)
-            client.download_file(self.bucket, self._key(name), str(target))
+        """See `Store.get_tree`; every file's digest is checked, and the manifest is written last.
+
+        Files that an earlier, interrupted attempt has brought are not fetched again.
+        """
+        data = self.get(f"{key}/{MANIFEST_NAME}")
+        if data is None:
+            raise StorageError(
+                "no such artifact, or it was not published whole",
+                key=f"{self.uri}/{key}",
+                fix="run the stage that makes it again",
+            )
+        manifest, base = _manifest(data), self.key(key)
+        files: list[tuple[str, str | None, int]]
+        if manifest is not None:
+            files = [(f.path, f.sha256, f.size) for f in manifest.files]
+        else:  # a manifest of another kind, a checkpoint's: the digests that the objects carry are checked
+            found = ((f.key[len(base) + 1 :], f.size) for f in self.bucket.objects(f"{base}/"))
+            files = [(name, None, size) for name, size in found if name != MANIFEST_NAME]
+        for name, _, _ in files:
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise StorageError("a file of the artifact lies outside of it", key=f"{self.uri}/{key}", value=name)
+        (folder / MANIFEST_NAME).unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.bucket.download_all((f"{base}/{name}", folder / name, sha256, size) for name, sha256, size in files)
+        (folder / MANIFEST_NAME).write_bytes(data)
 
     def remove(self, key: str) -> None:
         """See `Store.remove`."""
         found = sorted(self.keys(f"{key}/"), key=lambda name: not name.endswith(f"/{MANIFEST_NAME}"))
-        for name in found:
-            self._call("delete_object", name)
+        self.bucket.delete([self.key(name) for name in found])
 
-    def _call(self, operation: str, key: str, *, missing_ok: bool = False, **arguments: Any) -> Any:
-        from botocore.exceptions import BotoCoreError, ClientError
 
-        try:
-            return getattr(self._client, operation)(Bucket=self.bucket, Key=self._key(key), **arguments)
-        except ClientError as error:
-            code = error.response.get("Error", {}).get("Code", "")
-            if missing_ok and code in {"NoSuchKey", "404"}:
-                return None
-            raise StorageError(
-                f"S3 said {code}: {error.response.get('Error', {}).get('Message', '')}",
-                key=f"{self.uri}/{key}",
-                fix="check the bucket's name, the region and the permissions of the credentials in use",
-            ) from error
-        except BotoCoreError as error:
-            raise StorageError(
-                str(error),
-                key=f"{self.uri}/{key}",
-                fix="check AWS_ENDPOINT_URL_S3, AWS_REGION and that credentials are set in the environment",
-            ) from error
+def _manifest(data: bytes) -> Manifest | None:
+    """An artifact's manifest, or None when the file of this name is something else."""
+    try:
+        return Manifest.model_validate_json(data)
+    except ValueError:
+        return None
+
+
+def _same(there: bytes, here: bytes) -> bool:
+    """Whether two manifests stand for the same content."""
+    one, other = _manifest(there), _manifest(here)
+    return there == here if one is None or other is None else one.digest == other.digest
 
 
 def open_store(root: str) -> Store:

@@ -4,34 +4,12 @@ import json
 import os
 from pathlib import Path
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from tunegate.errors import StorageError
-from tunegate.storage.manifest import MANIFEST_NAME, digest_json, read_manifest, verify, write_manifest
+from tunegate.storage.manifest import MANIFEST_NAME, read_manifest, verify, write_manifest
 from tunegate.storage.runs import RunRecord, RunStore, StageRecord, list_runs, now
 from tunegate.storage.stores import LocalStore, S3Store, open_store
-
-
-@pytest.fixture(scope="module")
-def s3_server():
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
-@pytest.fixture
-def bucket(s3_server, monkeypatch):
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3_server)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    name = f"bucket-{digest_json(os.urandom(8).hex())[:12]}"
-    boto3.client("s3").create_bucket(Bucket=name)
-    return name
 
 
 @pytest.fixture
