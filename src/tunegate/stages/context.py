@@ -225,7 +225,7 @@ def run_stage(
         output.path.mkdir(parents=True)
     try:
         outcome = body(context)
-        refs = {role: _seal(output, digests, spec, sections, run, stage) for role, output in outputs.items()}
+        refs = {role: seal(output, digests, spec, sections, run, stage) for role, output in outputs.items()}
     except BaseException as error:
         _record_failure(run, record, observer, tracker, error, time.monotonic() - started)
         if isinstance(error, TrainingStoppedError):
@@ -290,7 +290,7 @@ def _take_over(run: RunStore, found: tuple[StageRecord, RunStore], outputs: Mapp
                 pass
             else:
                 shutil.rmtree(output.path, ignore_errors=True)
-                _fetch(ref, run, output.path)
+                fetch_artifact(ref, run, output.path)
             if verify(output.path).digest != ref.digest:
                 return None
     except (StorageError, KeyError, OSError):
@@ -321,16 +321,18 @@ _STAGE_FILES: dict[str, tuple[str, ...]] = {
 }
 
 
-def _fetch(ref: OutputRef, run: RunStore, target: Path) -> None:
+def fetch_artifact(ref: OutputRef, run: RunStore, target: Path) -> None:
+    """Bring an artifact of a run here, from S3 or from another folder of this machine."""
     if ref.uri.startswith("s3://"):
         run.store.get_tree(ref.uri[len(run.store.uri) + 1 :], target)
     else:
         link_tree(Path(ref.uri), target)
 
 
-def _seal(
+def seal(
     output: Output, digests: Mapping[str, str], spec: TuneSpec, sections: Sequence[str], run: RunStore, stage: str
 ) -> OutputRef:
+    """Write an output's manifest and, with storage on S3, publish it there."""
     manifest = write_manifest(
         output.path,
         kind=output.kind,

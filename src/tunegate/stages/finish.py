@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from tunegate.stages.nodes import delete_train_jobs
 from tunegate.stages.observe import StageObserver
 from tunegate.stages.preflight import effective_root, effective_run_id
 from tunegate.storage.runs import RunRecord, RunStore, StageRecord, now
@@ -38,6 +39,7 @@ def close_run(store: RunStore, *, state: str, report: Path | None = None) -> str
 
     observer = StageObserver("finish")
     observer.event("started")
+    delete_train_jobs(store.run_id, observer.note)
     record = store.read_run()
     if record is None:
         record = RunRecord(
