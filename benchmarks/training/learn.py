@@ -140,7 +140,7 @@ def topical_chat(shared: Path) -> list[Rating]:
 
 
 def learn_ratings(work: Path, shared: Path, stop: Callable[[], bool], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Pointwise reward models, five folds over the dialogues, so that a reply is scored by a model that never saw it."""
+    """Pointwise reward models, five folds over the dialogues: no reply is scored by a model that saw its dialogue."""
     from tunegate.training.reward import train_reward
     from tunegate.training.reward_evaluation import rating_figures
     from tunegate.training.reward_model import RewardHead, RewardModel

@@ -195,7 +195,9 @@ def _write_pairs(work: Path, chat: Chat, dataset: Path, sizes: Sizes) -> None:
 def _write_prompts(work: Path, chat: Chat, dataset: Path, sizes: Sizes) -> None:
     """`prompts-records.json` for us, `prompts.json` with ids for the peers."""
     prompts: list[Prompt] = list(read_records(dataset, "prompts"))
-    wanted = sizes.ppo_updates * sizes.ppo_batch + 2  # two held-out ones, which the library asks for
+    # Two are held out, which the library asks for. The peer must not reach the end of its prompts: accelerate then ends
+    # the accumulation of gradients with every microbatch, and the peer would step the optimizer four times as often.
+    wanted = (sizes.ppo_updates + 1) * sizes.ppo_batch + 2
     records, rows = [], []
     seen: set[str] = set()
     for prompt in prompts:
