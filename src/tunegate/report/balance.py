@@ -14,7 +14,7 @@ from markupsafe import Markup
 from tunegate.report.charts import interval
 from tunegate.report.facts import Balance, Estimate, Version
 from tunegate.report.formats import percent
-from tunegate.report.svg import Point, Scale, drawing, join, padded, polyline, tag, text, ticks
+from tunegate.report.svg import Point, Scale, coordinate, drawing, join, padded, polyline, tag, text, ticks
 
 _WIDTH, _HEIGHT = 620.0, 430.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58.0, 600.0, 18.0, 372.0
@@ -65,7 +65,7 @@ def versions_chart(versions: Sequence[Version], x_title: str, y_title: str) -> M
         y_title: What the y axis counts.
     """
     plot = _plot([(v.useful, v.safe) for v in versions], {})
-    parts = [_arrow_head(), *_frame(plot, {}, x_title, y_title)]
+    parts = _frame(plot, {}, x_title, y_title)
     places = {v.version: plot.place(v.useful, v.safe) for v in versions}
     front = sorted((places[v.version] for v in versions if v.on_front), key=lambda p: p[0])
     if front:
@@ -88,7 +88,7 @@ def versions_file(title: str, versions: Sequence[Version], x_title: str, y_title
     """The chart of the versions as an SVG file of its own: with title, key and notes, and its style inside."""
     chart = versions_chart(versions, x_title, y_title)
     lines = [
-        "Crosses: confidence intervals. Solid line: Pareto front, by the estimates.",
+        "Crosses: confidence intervals. Green band: Pareto front, by the estimates.",
         "Arrows: from the version that it was made from; dashed: from the version that it was measured against.",
         *notes,
     ]
@@ -216,31 +216,22 @@ def _staircase(front: Sequence[Point]) -> list[Point]:
     return steps
 
 
-def _arrow_head() -> Markup:
-    path = tag("path", d="M0,0L8,4L0,8z", class_="arrow-head")
-    marker = tag(
-        "marker", path, id="arrow", markerWidth=8, markerHeight=8, refX=7, refY=4, orient="auto", viewBox="0 0 8 8"
-    )
-    return tag("defs", marker)
-
-
 def _arrow(start: Point, end: Point, *, made: bool) -> list[Markup]:
     """An arrow between two markers, none where they touch."""
     length = math.dist(start, end)
     if length < 2 * _MARKER + 8:
         return []
-    along = ((end[0] - start[0]) / length, (end[1] - start[1]) / length)
-    first, last = _MARKER + 2, length - _MARKER - 3
+    x, y = (end[0] - start[0]) / length, (end[1] - start[1]) / length
+
+    def at(along: float, aside: float = 0.0) -> Point:
+        return start[0] + along * x - aside * y, start[1] + along * y + aside * x
+
+    tip = length - _MARKER - 3
+    (x1, y1), (x2, y2) = at(_MARKER + 2), at(tip - 6)
+    head = "L".join(f"{coordinate(a)},{coordinate(b)}" for a, b in (at(tip), at(tip - 8, 4), at(tip - 8, -4)))
     return [
-        tag(
-            "line",
-            x1=start[0] + first * along[0],
-            y1=start[1] + first * along[1],
-            x2=start[0] + last * along[0],
-            y2=start[1] + last * along[1],
-            class_="arrow" if made else "arrow measured",
-            marker_end="url(#arrow)",
-        )
+        tag("line", x1=x1, y1=y1, x2=x2, y2=y2, class_="arrow" if made else "arrow measured"),
+        tag("path", d=f"M{head}z", class_="arrow-head"),
     ]
 
 

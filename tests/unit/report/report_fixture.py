@@ -37,8 +37,10 @@ from tunegate.evaluation.results import (
 )
 from tunegate.gates.config import GatesSpec, MarginSpec
 from tunegate.gates.decision import decide
-from tunegate.gates.results import Decision, RewardFigures
+from tunegate.gates.results import Decision, GateResult, RewardFigures
 from tunegate.gates.stage_gates import gate_data, gate_reward
+from tunegate.registry.balance import BalancePoint, VersionBalance
+from tunegate.registry.balance import Share as VersionShare
 from tunegate.storage.runs import OutputRef, RunRecord, RunStore, StageRecord
 from tunegate.training.ppo_results import Example as PPOExample
 from tunegate.training.ppo_results import (
@@ -61,17 +63,30 @@ from tunegate.training.results import (
     Share,
 )
 
-STAGES = ("preflight", "ingest", "validate", "sft", "reward", "ppo", "evaluate", "decide", "register", "promote")
+STAGES = (
+    "preflight",
+    "ingest",
+    "validate",
+    "sft",
+    "guard",
+    "reward",
+    "ppo",
+    "evaluate",
+    "decide",
+    "register",
+    "promote",
+)
 START = datetime(2026, 11, 22, 9, 41, 3, tzinfo=UTC)
 RUN_ID = "20261122-094103-starter-7f3a"
 EVIL = "<script>alert('prompt')</script> & \"quotes\" \u202eright to left\x1b[31m"
 
-_SECONDS = dict(zip(STAGES, (3.1, 9.4, 6.2, 141.0, 96.0, 214.0, 128.0, 1.2, 4.4, 1.1), strict=True))
-_MEMORY = dict(zip(STAGES, (0.31, 0.9, 0.7, 2.9, 2.7, 4.1, 2.2, 0.3, 0.5, 0.4), strict=True))
+_SECONDS = dict(zip(STAGES, (3.1, 9.4, 6.2, 141.0, 18.0, 96.0, 214.0, 128.0, 1.2, 4.4, 1.1), strict=True))
+_MEMORY = dict(zip(STAGES, (0.31, 0.9, 0.7, 2.9, 1.2, 2.7, 4.1, 2.2, 0.3, 0.5, 0.4), strict=True))
 _OUTPUTS = {
     "ingest": {"dataset": "dataset", "base_model": "model"},
     "validate": {"clean": "dataset", "quarantine": "quarantine"},
     "sft": {"model": "model"},
+    "guard": {"evaluation": "evaluation"},
     "reward": {"model": "reward_model", "judge": "reward_model"},
     "ppo": {"model": "model"},
     "evaluate": {"evaluation": "evaluation"},
@@ -82,6 +97,7 @@ _SUMMARIES = {
     "ingest": "262 sft, 262 preferences, 524 ratings; 6 rows refused; base model 135M parameters",
     "validate": "1187 of 1210 rows clean, 23 quarantined",
     "sft": "held-out loss 2.451 -> 1.842 nats a token over 204 conversations",
+    "guard": "no alarm on 100 prompts",
     "reward": "held-out accuracy 74.3% (length only 55.7%) over 140 pairs",
     "ppo": "held-out reward -0.05 -> 1.22 at KL 5.4 nats",
     "evaluate": "3 models on 362 prompts",
@@ -123,13 +139,61 @@ def decision(verdict: str) -> Decision:
     found = decide(
         limits,
         evaluation=evaluation(),
-        earlier=[gate_data("PROMOTE", []), gate_reward(limits, figures)],
+        earlier=[gate_data("PROMOTE", []), after_sft(), gate_reward(limits, figures)],
         evaluation_digest=digest("evaluation"),
         created=START,
         who="test",
     )
     assert found.verdict == verdict, found.reasons
     return found
+
+
+def after_sft() -> GateResult:
+    """The gate after SFT, without an alarm."""
+    return GateResult(
+        name="sft.safety",
+        title="Safety after SFT",
+        verdict="PROMOTE",
+        estimate=-0.04,
+        low=-0.11,
+        high=0.03,
+        limit=0.1,
+        unit="share",
+        n=100,
+        reason="Safety after SFT: no alarm on 100 prompts (violations -4.0% [-11.0%, +3.0%], alarm above +10.0%).",
+    )
+
+
+def balance() -> VersionBalance:
+    """Three versions and the base model; the first was measured on other prompts."""
+
+    def share(value: float, half: float = 0.04) -> VersionShare:
+        return VersionShare(estimate=value, low=value - half, high=min(1.0, value + half), n=240)
+
+    def point(version: str, useful: float, safe: float, over_refusal: float, **more: object) -> BalancePoint:
+        return BalancePoint(
+            version=version,
+            useful=share(useful),
+            safe=share(safe),
+            over_refusal=over_refusal,
+            verdict="PROMOTE",
+            **more,
+        )
+
+    return VersionBalance(
+        name="starter-assistant",
+        confidence=0.95,
+        points=[
+            BalancePoint(version="base", useful=VersionShare(estimate=0.5), safe=share(0.62), over_refusal=0.03),
+            point("1", 0.61, 0.83, 0.30, parent="base", link="measured against", comparable=False),
+            point(
+                "2", 0.66, 0.94, 0.26, parent="1", link="measured against", aliases=["previous_champion"], on_front=True
+            ),
+            point("3", 0.75, 0.92, 0.14, parent="2", link="measured against", aliases=["champion"], on_front=True),
+        ],
+        left_out={},
+        judges=3,
+    )
 
 
 def spec(verdict: str | None = "PROMOTE") -> dict:
@@ -157,7 +221,7 @@ def write_run(
     """A run that ended with `verdict`, or failed in the stage `fail`."""
     rng = random.Random(seed)
     store = RunStore(str(root), run_id)
-    reached = STAGES[: STAGES.index(fail)] if fail else STAGES if verdict == "PROMOTE" else STAGES[:8]
+    reached = STAGES[: STAGES.index(fail)] if fail else STAGES if verdict == "PROMOTE" else STAGES[:9]
     if verdict == "INVALID":
         reached = STAGES[:3]
     began = 0.0
@@ -216,6 +280,7 @@ def write_run(
         ),
         "evaluate": lambda: store.write_file("evaluation.json", evaluation().model_dump_json().encode()),
         "decide": lambda: store.write_file("decision.json", decision(verdict or "PROMOTE").model_dump_json().encode()),
+        "promote": lambda: store.write_file("balance.json", balance().model_dump_json().encode()),
     }
     for stage in reached:
         if stage in writers:

@@ -11,7 +11,7 @@ import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 
 import pytest
-from report_fixture import STAGES, decision, write_run
+from report_fixture import STAGES, after_sft, decision, write_run
 
 from tunegate.report import render_markdown, render_report, render_summary
 from tunegate.report.curves import curve_panel
@@ -90,7 +90,7 @@ def page(html):
 
 def test_the_verdict_comes_first_with_reasons_and_what_to_do(page):
     text = page.text
-    assert text.index("PROMOTE") < text.index("All 19 gates pass") < text.index("What to do next")
+    assert text.index("PROMOTE") < text.index("All 20 gates pass") < text.index("What to do next")
     assert text.index("What to do next") < text.index("Did training do what it should?")
     assert "tunegate rollback starter-assistant" in text
     assert "starter-assistant version 3 (candidate, champion)" in text
@@ -99,7 +99,7 @@ def test_the_verdict_comes_first_with_reasons_and_what_to_do(page):
 @pytest.mark.parametrize(
     "fact",
     [
-        "10 min 19 s",  # wall time
+        "10 min 39 s",  # wall time
         "4.1 GB",  # peak memory
         "8.0% [1.8%, 14.2%] on 100 prompts",  # a gate's reason
         "74.3% [66.5%, 80.8%]",  # reward accuracy, Wilson interval of 104 of 140
@@ -116,7 +116,7 @@ def test_the_verdict_comes_first_with_reasons_and_what_to_do(page):
         "near duplicate",
         "2 min 21 s · 2.9 GB",
         "SFT model",
-        "0.04 USD at 0.24 USD an hour",
+        "0.041 USD at 0.24 USD an hour",
         "Watchdog at update 31",
         "The saved policy is the one after update 35",
         "cut at the length limit",
@@ -394,6 +394,34 @@ def printed(run):
     console = Console(file=io.StringIO(), width=120, force_terminal=False)
     console.print(render_summary(run))
     return console.file.getvalue()
+
+
+def test_the_balance_over_versions(promoted, tmp_path):
+    html = render_report(promoted)
+    section = html.split('id="versions"')[1].split("</section>")[0]
+    assert 'href="#versions"' in html
+    assert section.count('class="marker') == 4
+    assert section.count('class="front"') == 1
+    assert section.count('class="arrow measured"') == 3
+    rows = re.findall(r"<tr><td>.*?</tr>", section)
+    assert [re.sub(r"<[^>]+>", " ", row).split()[0] for row in rows] == ["v3", "v2", "v1", "Base"]
+    assert "v1: measured on other prompts" in section
+    assert "compared by the judge of its own run" in section
+    assert 'id="versions"' not in render_report(write_run(tmp_path, verdict="HOLD"))
+
+
+def test_a_run_that_was_stopped_after_sft_says_so(tmp_path):
+    run = write_run(tmp_path, verdict="REJECT")
+    for name in ("decision.json", "evaluation.json", "gate-reward.json"):
+        (tmp_path / "runs" / run.run_id / "files" / name).unlink()
+    gate = after_sft().model_copy(
+        update={"verdict": "REJECT", "reason": "Safety after SFT: significantly more violations."}
+    )
+    run.write_file("gate-sft.json", gate.model_dump_json().encode())
+    html = render_report(run)
+    assert "SFT made the model worse than the base model where it must not" in html
+    assert "Train SFT more gently" in html
+    assert "Safety after SFT" in html
 
 
 def test_markdown(promoted, tmp_path):
