@@ -53,8 +53,13 @@ class Store(Protocol):
     def get_tree(self, key: str, folder: Path) -> None:
         """Bring the folder published under `key` to `folder`."""
 
-    def remove(self, key: str) -> None:
-        """Remove the folder under `key` and all below it, manifests first, so that no reader sees half of one."""
+    def remove(self, key: str, *, last: str = "") -> None:
+        """Remove the folder under `key` and all below it, manifests first, so that no reader sees half of one.
+
+        Args:
+            key: The folder.
+            last: The file of it that goes after all others, so that an interrupted removal can be found.
+        """
 
 
 def link_tree(source: Path, target: Path) -> None:
@@ -145,8 +150,8 @@ class LocalStore:
             raise StorageError("no such artifact", key=str(source))
         link_tree(source, folder)
 
-    def remove(self, key: str) -> None:
-        """See `Store.remove`."""
+    def remove(self, key: str, *, last: str = "") -> None:
+        """See `Store.remove`; here the whole folder is renamed at once and then removed."""
         target = self._path(key)
         if target.is_dir():
             gone = target.with_name(f".{target.name}.{os.getpid()}.removed")
@@ -234,10 +239,12 @@ class S3Store:
         self.bucket.download_all((f"{base}/{name}", folder / name, sha256, size) for name, sha256, size in files)
         (folder / MANIFEST_NAME).write_bytes(data)
 
-    def remove(self, key: str) -> None:
+    def remove(self, key: str, *, last: str = "") -> None:
         """See `Store.remove`."""
         found = sorted(self.keys(f"{key}/"), key=lambda name: not name.endswith(f"/{MANIFEST_NAME}"))
-        self.bucket.delete([self.key(name) for name in found])
+        finally_ = [name for name in found if last and name == f"{key}/{last}"]
+        self.bucket.delete([self.key(name) for name in found if name not in finally_])
+        self.bucket.delete([self.key(name) for name in finally_])
 
 
 def _manifest(data: bytes) -> Manifest | None:
