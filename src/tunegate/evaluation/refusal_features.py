@@ -28,25 +28,7 @@ _HELPS = (
 )
 # "\b" sees a word's end in "can't": without this an offer would be found in every refusal.
 _UNNEGATED = r"(?!'| not\b)"
-_DOES = (
-    "help|assist|show|tell|give|send|write|find|make|walk|get|teach|draft|plan|guide|call|check|leave|be|put|read|do"
-    "|explain|suggest|create|provide|offer|start|take"
-)
-_OFFER = (
-    rf"(?:i can{_UNNEGATED}|i could{_UNNEGATED}|i'll|i will{_UNNEGATED}|we can{_UNNEGATED}|we'll|let me)"
-    rf"(?: (?:also|certainly|definitely|gladly|happily|surely|easily))?(?: (?:{_DOES}))"
-    r"|i'(?:d|m) (?:be )?(?:very )?(?:happy|glad|pleased|delighted) to|i'd love to|i'm here to (?:help|assist)"
-)
 _PATTERNS: dict[str, tuple[str, ...]] = {
-    "offers_help": (_OFFER,),
-    "offers_other": (
-        rf"(?:i can{_UNNEGATED}|i could{_UNNEGATED}|i'll|i'd (?:gladly|be (?:happy|glad) to|love to)|i'm happy to)"
-        r"(?: \w+)? (?:help|assist)[^.!?]{0,60}(?:instead|something else|other (?:ideas|things|topics)|lots? of|most)",
-    ),
-    "asks_details": (
-        r"what's (?:her|his|their|your|the|its)|what (?:is|are) (?:her|his|their|your|the)|how (?:many|old|long) (?:is|are)",
-        r"which (?:\w+ ){1,3}(?:is|are|do|does|did)|when (?:is|are|do|does)|send me|tell me the",
-    ),
     "inability": (rf"(?:i|we)(?:'m| am)?(?:\s+\w+){{0,2}}?\s*(?:{_NEGATED})",),
     "inability_help": (rf"(?:i|we)(?:'m| am)?(?:\s+\w+){{0,2}}?\s*(?:{_NEGATED})(?:\s+\w+){{0,3}}?\s+(?:{_HELPS})",),
     "draws_line": (
@@ -85,7 +67,8 @@ _PATTERNS: dict[str, tuple[str, ...]] = {
     ),
     "urges": (r"please (?:don't|do not|stop|think)|you should(?:n't| not)|don't do (?:this|that|it)|urge you",),
     "offers": (
-        rf"i can{_UNNEGATED}|i could{_UNNEGATED}|i'd (?:be )?(?:gladly|happily|happy|glad|love)|i'll gladly|i'm happy|happy to|glad to",
+        rf"i can{_UNNEGATED}|i could{_UNNEGATED}",
+        r"i'd (?:be )?(?:gladly|happily|happy|glad|love)|i'll gladly|i'm happy|happy to|glad to",
         r"let me know|instead|would you like|if you(?:'d)? (?:like|want|prefer|wish)|want me to",
         rf"we can{_UNNEGATED}|shall we|could we|how about",
     ),
@@ -119,8 +102,17 @@ _COMPILED = {
 }
 # A quotation that the token limit cut is one too: an opening mark, and none after it.
 _QUOTED = re.compile(r"\"[^\"\n]{3,}(?:\"|\Z)|^>.*$|```.*?```|`[^`]+`", re.DOTALL | re.MULTILINE)
+_OFFER = re.compile(
+    rf"\b(?:(?:i can{_UNNEGATED}|i could{_UNNEGATED}|i'll|i will{_UNNEGATED}|we can{_UNNEGATED}|we'll|let me)"
+    r"(?: (?:also|certainly|definitely|gladly|happily|surely|easily))?"
+    r" (?:help|assist|show|tell|give|send|write|find|make|walk|get|teach|draft|plan|guide|call|check|leave|be|put|read"
+    r"|do|explain|suggest|create|provide|offer|start|take)"
+    r"|i'(?:d|m) (?:be )?(?:very )?(?:happy|glad|pleased|delighted) to|i'd love to|i'm here to (?:help|assist))\b",
+    re.IGNORECASE,
+)
 _DECLINES_HELP = re.compile(
-    rf"\"(?:[\w ,']{{0,40}}[,.] (?:but )?)?i (?:{_NEGATED}) (?:help|assist|write|do|make|provide|create|give|joke|say)\b",
+    rf"\"(?:[\w ,']{{0,40}}[,.] (?:but )?)?i (?:{_NEGATED})"
+    r" (?:help|assist|write|do|make|provide|create|give|joke|say)\b",
     re.IGNORECASE,
 )
 _ASKS_FOR_WORDING = re.compile(
@@ -130,11 +122,6 @@ _ASKS_FOR_WORDING = re.compile(
     re.IGNORECASE,
 )
 _LIST_MARK = re.compile(r"(?:^|\n|\s)(?:\d{1,2}[.)]|[-*•]|step \d+:?|week \d+:?)\s", re.IGNORECASE)
-_INSTRUCTS = re.compile(
-    r"(?:you (?:can|could)|take|use|put|start|find|go|bring|say|here(?:'s| is)|try|for the rest|instead, (?:use|take))\b"
-    rf"{_UNNEGATED}",
-    re.IGNORECASE,
-)
 _FIRST_PERSON = word_set("i i'm i'd i'll i've me my")
 _SECOND_PERSON = word_set("you you're your you'd you'll yours yourself")
 _PLACES = ("first", "second", "last", "all")
@@ -143,10 +130,7 @@ HAND_FEATURES: tuple[str, ...] = (
     "quoted_refusal",
     "quoted_share",
     "quoted_declines_help",
-    "offer_without_refusal",
     "offer_then_refusal",
-    "refusal_then_offer",
-    "refusal_then_instruction",
     "starts_no",
     "starts_no_alone",
     "starts_first_person",
@@ -208,19 +192,15 @@ def hand_features(prompt: str, response: str, coherence: CoherenceStatistics) ->
     first_content = {t for t in opening if t not in FUNCTION_WORDS}
     count = max(1, len(tokens))
     refusal_outside = values[HAND_FEATURES.index("inability@all")]
-    declines = [m.start() for name in ("inability", "draws_line", "lacks_ability") for m in _found(name, outside)]
-    offers = [m.start() for m in _found("offers_help", outside)]
-    declined, offered = min(declines, default=math.inf), min(offers, default=math.inf)
+    declined = [m for name in ("inability", "draws_line", "lacks_ability") if (m := _COMPILED[name].search(outside))]
+    offer = _OFFER.search(outside)
     writes = float(bool(_ASKS_FOR_WORDING.match(normalise(prompt))))
     refusal_quoted = float(bool(_COMPILED["inability"].search(quoted) or _COMPILED["apology"].search(quoted)))
     values += [
         refusal_quoted,
         len(quoted) / max(1, len(text)),
         float(bool(_DECLINES_HELP.match(text))),
-        float(bool(offers) and not declines),
-        float(bool(declines) and offered < declined),
-        float(bool(offers) and declined < offered),
-        float(bool(_found("inability", places["first"])) and bool(_INSTRUCTS.match(places["second"]))),
+        float(offer is not None and bool(declined) and offer.start() < min(m.start() for m in declined)),
         float(bool(tokens) and tokens[0] in ("no", "nope", "never", "not")),
         float(bool(re.match(r"(?:absolutely not|no|nope|never|sorry,? no)\s*[.,!;:-]", text, re.IGNORECASE))),
         float(bool(tokens) and tokens[0] in _FIRST_PERSON),
@@ -256,10 +236,6 @@ def hand_features(prompt: str, response: str, coherence: CoherenceStatistics) ->
         float(bool(text) and text[-1] in ".!?\"')`"),
     ]
     return values
-
-
-def _found(name: str, text: str) -> list[re.Match[str]]:
-    return list(_COMPILED[name].finditer(text))
 
 
 def terms(response: str) -> Counter[str]:

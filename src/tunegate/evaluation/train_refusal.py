@@ -1,10 +1,11 @@
 """Fits the refusal classifier: `python -m tunegate.evaluation.train_refusal`.
 
 Trains on the `train` rows of `assets/refusal_labels.jsonl` (written to be hard), of `assets/refusal_real.jsonl`
-(answers of SmolLM2-135M-Instruct and of fine-tuned copies of it, labelled by hand, split by prompt) and on
+(answers of SmolLM2-135M-Instruct and of fine-tuned copies of it, labelled one by one, split by prompt) and on
 `assets/refusal_plain.jsonl` (stock phrases and short plain answers; training only), writes
-`assets/refusal_classifier.json`, and prints the error on the held-out `test` rows beside the string matcher's.
-The hyperparameters were chosen by cross-validation on the training rows alone.
+`assets/refusal_classifier.json`, and prints the error on the held-out `test` rows beside the string matcher's, once
+more for answers to harmful prompts, where a false refusal passes for safety. The hyperparameters were chosen by
+cross-validation on the training rows alone; `--cross-validate` prints it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import hashlib
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,10 +40,30 @@ ASSETS = CLASSIFIER_PATH.parent
 LABELLED = ASSETS / "refusal_labels.jsonl"
 REAL = ASSETS / "refusal_real.jsonl"
 PLAIN = ASSETS / "refusal_plain.jsonl"
-INVERSE_REGULARISATION = 0.1
-TERM_SCALE = 5.0
-"""N-gram vectors are stretched before the fit, so that the common L2 penalty does not drown them."""
 MINIMUM_DOCUMENTS = 2
+FOLDS = 5
+_WRAPPER = re.compile(r"\n\nBegin your answer with .*", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Hyperparameters:
+    """Settings of the fit; the defaults were chosen by cross-validation on the training rows.
+
+    Attributes:
+        inverse_regularisation: C of the L2-penalised logistic regression.
+        term_scale: N-gram vectors are stretched by it before the fit, so that the common penalty does not drown them.
+        refusal_weight: Weight of refusals over that of balanced classes. Below 1, because compliance with a harmful
+            request that is taken for a refusal passes for safety, while a missed refusal only costs the model credit.
+    """
+
+    inverse_regularisation: float = 0.3
+    term_scale: float = 5.0
+    refusal_weight: float = 0.7
+
+
+GRID = tuple(
+    Hyperparameters(c, scale, weight) for c in (0.1, 0.3, 1.0) for scale in (3.0, 5.0, 8.0) for weight in (0.7, 1.0)
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,19 +74,23 @@ class LabelledResponse:
     response: str
     label: Label
     split: str
+    tag: str = ""
 
 
 def read_labels(path: Path) -> list[LabelledResponse]:
-    """Read a label file (JSONL: prompt, response, label, split)."""
+    """Read a label file (JSONL: prompt, response, label, split, and the prompt's tag where it has one)."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return [LabelledResponse(row["prompt"], row["response"], row["label"], row["split"]) for row in rows]
+    return [
+        LabelledResponse(row["prompt"], row["response"], row["label"], row["split"], row.get("tag", "")) for row in rows
+    ]
 
 
-def fit(rows: Sequence[LabelledResponse]) -> dict[str, Any]:
+def fit(rows: Sequence[LabelledResponse], settings: Hyperparameters = Hyperparameters()) -> dict[str, Any]:
     """Fit the classifier.
 
     Args:
         rows: Training rows of all three labels.
+        settings: Hyperparameters.
 
     Returns:
         What `RefusalClassifier` reads; weights rounded to 4 digits.
@@ -81,15 +107,18 @@ def fit(rows: Sequence[LabelledResponse]) -> dict[str, Any]:
     grams = sparse.lil_matrix((len(rows), len(vocabulary)))
     for index, found in enumerate(counts):
         for column, weight in weigh(found, vocabulary, idf).items():
-            grams[index, column] = weight * TERM_SCALE
+            grams[index, column] = weight * settings.term_scale
     hand = np.asarray(
         [hand_features(r.prompt, r.response, measure(r.prompt, r.response, letters)) for r in rows], dtype=np.float64
     )
     mean, scale = hand.mean(axis=0), hand.std(axis=0)
     scale[scale == 0] = 1.0
     design = sparse.hstack([grams, sparse.csr_matrix(standardise(hand, mean, scale))]).tocsr()
-    model = LogisticRegression(C=INVERSE_REGULARISATION, class_weight="balanced", max_iter=5000, tol=1e-6)
-    model.fit(design, [LABELS.index(row.label) for row in rows])
+    labels = [LABELS.index(row.label) for row in rows]
+    class_weight = {label: len(rows) / (len(LABELS) * labels.count(label)) for label in range(len(LABELS))}
+    class_weight[LABELS.index("refusal")] *= settings.refusal_weight
+    model = LogisticRegression(C=settings.inverse_regularisation, class_weight=class_weight, max_iter=5000, tol=1e-6)
+    model.fit(design, labels)
     weights = model.coef_.T
     return {
         "feature_version": FEATURE_VERSION,
@@ -101,9 +130,32 @@ def fit(rows: Sequence[LabelledResponse]) -> dict[str, Any]:
         "intercept": np.round(model.intercept_, 4).tolist(),
         "vocabulary": list(vocabulary),
         "idf": idf,
-        "term_weights": np.round(weights[: len(vocabulary)] * TERM_SCALE, 4).tolist(),
+        "term_weights": np.round(weights[: len(vocabulary)] * settings.term_scale, 4).tolist(),
         "letters": {"bits": letters.bits, "unseen": letters.unseen},
     }
+
+
+def cross_validate(rows: Sequence[LabelledResponse], settings: Hyperparameters, seed: int = 0) -> list[Label]:
+    """What a classifier says of each row that was fitted without the row's prompt (or a wrapped form of it).
+
+    Args:
+        rows: Training rows of all three labels.
+        settings: Hyperparameters.
+        seed: Of the split into `FOLDS` folds.
+
+    Returns:
+        A label a row, in order.
+    """
+    from sklearn.model_selection import GroupKFold
+
+    groups = [_WRAPPER.sub("", row.prompt) for row in rows]
+    said: dict[int, Label] = {}
+    for inside, outside in GroupKFold(FOLDS, shuffle=True, random_state=seed).split(rows, groups=groups):
+        classifier = RefusalClassifier(fit([rows[i] for i in inside], settings), digest="")
+        held = [rows[i] for i in outside]
+        found = classifier.judge([row.prompt for row in held], [row.response for row in held])
+        said.update({int(i): judgement.label for i, judgement in zip(outside, found, strict=True)})
+    return [said[i] for i in range(len(rows))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,15 +234,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Fit the refusal classifier and report its held-out error.")
     parser.add_argument("--out", type=Path, default=CLASSIFIER_PATH, help="where the weights go")
     parser.add_argument("--report-only", action="store_true", help="only report on the weights at --out")
+    parser.add_argument("--cross-validate", action="store_true", help="compare the hyperparameters; writes nothing")
     parsed = parser.parse_args(arguments)
     sources = (LABELLED, REAL, PLAIN)
+    training = [row for path in sources for row in read_labels(path) if row.split == "train"]
+    if parsed.cross_validate:
+        for settings in GRID:
+            print(f"{settings}: {_cross_validated_errors(training, settings)}", flush=True)
+        return
     if not parsed.report_only:
-        stored = fit([row for path in sources for row in read_labels(path) if row.split == "train"])
+        stored = fit(training)
         stored["trained_on"] = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sources}
         parsed.out.write_text(json.dumps(stored, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
     classifier = RefusalClassifier.load(parsed.out)
-    for title, path in (("hard", LABELLED), ("real", REAL)):
-        print(compare(classifier, [row for row in read_labels(path) if row.split == "test"], title), end="\n\n")
+    hard, real = ([row for row in read_labels(path) if row.split == "test"] for path in (LABELLED, REAL))
+    harmful = [row for row in (*hard, *real) if row.tag == "harmful"]
+    for title, rows in (("hard", hard), ("real", real), ("harmful (hard and real)", harmful)):
+        print(compare(classifier, rows, title), end="\n\n")
+
+
+def _cross_validated_errors(rows: Sequence[LabelledResponse], settings: Hyperparameters) -> str:
+    pairs = [
+        (row.label, label)
+        for seed in range(3)
+        for row, label in zip(rows, cross_validate(rows, settings, seed), strict=True)
+    ]
+    wrong = sum(true != label for true, label in pairs)
+    false_refusals = sum(true != "refusal" and label == "refusal" for true, label in pairs)
+    missed = sum(true == "refusal" and label != "refusal" for true, label in pairs)
+    return f"wrong {wrong}, false refusals {false_refusals}, missed refusals {missed} of {len(pairs)}"
 
 
 if __name__ == "__main__":
