@@ -133,7 +133,7 @@ def _load_resources(spec: TuneSpec | None, file: Path | None, image: str | None)
     from tunegate.cluster.submission import read_resources
     from tunegate.resources import ResourcesSpec
 
-    found = read_resources(file) if file else getattr(spec, "resources", ResourcesSpec())
+    found = read_resources(file) if file else spec.resources if spec else ResourcesSpec()
     return ResourcesSpec.model_validate({**found.model_dump(exclude_unset=True), **({"image": image} if image else {})})
 
 

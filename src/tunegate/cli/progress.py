@@ -87,8 +87,11 @@ class LiveView:
 
     def handle(self, event: Mapping[str, Any]) -> None:
         """See `tunegate.cluster.local.Watcher`."""
-        row = self._rows.setdefault(event["stage"], _Row(event["stage"]))
         kind = event["event"]
+        if kind == "note":  # also about what is no stage, such as the run as a whole
+            self._console.print(f"[dim]{event['stage']}: {event['message']}[/dim]", highlight=False)
+            return
+        row = self._rows.setdefault(event["stage"], _Row(event["stage"]))
         if kind == "started":
             row.state, row.started = "running", event["time"]
         elif kind in {"done", "failed", "reused"}:
@@ -99,8 +102,6 @@ class LiveView:
             row.progress = dict(event)
         elif kind == "metrics":
             row.latest.update(event["values"])
-        elif kind == "note":
-            self._console.print(f"[dim]{event['stage']}: {event['message']}[/dim]", highlight=False)
 
     def tick(self) -> None:
         """The live display redraws itself."""

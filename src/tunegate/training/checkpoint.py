@@ -24,7 +24,7 @@ from tunegate.errors import StorageError
 from tunegate.observer import NullObserver, Observer
 from tunegate.storage.manifest import digest_files, list_files, sha256_file
 from tunegate.training.mirror import Mirror
-from tunegate.training.ranks import from_first, world
+from tunegate.training.ranks import agreed, from_first, world
 
 _SCHEMA = 1
 _STATE = "state.pt"
@@ -133,13 +133,27 @@ class CheckpointFolder:
         """The newest checkpoint of this run that is whole, here or in the mirror; None if there is none.
 
         Raises:
-            StorageError: If the mirror cannot be read: to begin anew would throw away what may be there.
+            StorageError: If the mirror cannot be read, or not by every node: to begin anew would throw away what may be
+                there.
         """
         rank = world()[0]
         found = self._newest() if rank == 0 else None
         # One rank looks and fetches; the others read what it found.
         name = from_first(found.path.name if found is not None else None)
-        return self._load(self.root / name) if rank != 0 and name is not None else found
+        if name is None:
+            return None
+        folder = self.root / name
+        if rank != 0 and os.environ.get("LOCAL_RANK") == "0" and not folder.is_dir() and self.mirror is not None:
+            self._fetch(folder)  # on a node that has not seen it
+        agreed(False)  # nobody looks before every node has it
+        own = found if rank == 0 else self._load(folder)
+        if agreed(own is None):
+            raise StorageError(
+                "a node cannot read the checkpoint that rank 0 found",
+                key=str(folder),
+                fix="nodes that share no disk need storage.root on S3 with storage.mirror_checkpoints",
+            )
+        return own
 
     def _newest(self) -> Checkpoint | None:
         mirrored = self._mirrored()

@@ -47,7 +47,7 @@ def launch(
     stop_requested: Callable[[], bool] | None = None,
     **options: Any,
 ) -> Result:
-    """Call a trainer, in as many processes as the spec says.
+    """Call a trainer, in as many processes as the spec says, or in step with the other ranks where it runs on some.
 
     Args:
         trainer: A function of an importable module.
@@ -64,7 +64,12 @@ def launch(
         TunegateError: As raised by the trainer on rank 0.
         TrainingError: If a process ended without saying why.
     """
+    from tunegate.training.ranks import world
+
     observer = observer or NullObserver()
+    if world()[1] > 1:  # this process is a rank itself, e.g. on a node of a TrainJob
+        options |= {"sharding": distributed.sharding}
+        return trainer(*inputs, observer=observer, stop_requested=stop_requested, **options)
     count = process_count(distributed)
     if count == 1:
         return trainer(*inputs, observer=observer, stop_requested=stop_requested, **options)

@@ -184,8 +184,8 @@ class TrainJobs:
                 self.namespace,
                 label_selector=f"{_JOBSET_LABEL}={name}",
             )
-        except TrainJobRefusedError:
-            return []  # not being allowed to look must not hide the failure itself
+        except TrainJobError:
+            return []  # not being able to look at the nodes must not hide how the TrainJob itself is
         return sorted(listed.items, key=_index_of)
 
     @property
