@@ -16,6 +16,7 @@ def evaluate(
     judge: Input[Model],
     evaluation: Output[Artifact],
     metrics: Output[Metrics],
+    against: str = "",
 ) -> None:
     """Measure harmlessness, over-refusal, helpfulness, bias and capability, with intervals.
 
@@ -23,12 +24,14 @@ def evaluate(
         spec: The resolved run spec.
         dataset: The clean data, for evaluation prompts and held-out conversations.
         base_model: The anchor.
-        sft_model: The model before PPO.
+        sft_model: The model before PPO, or the mark that there is none.
         candidate: The model that asks for promotion.
-        reward: The reward model that PPO optimised.
-        judge: The independent reward model.
+        reward: The reward model that PPO optimised, or the mark that there is none.
+        judge: The independent reward model, or the mark that there is none.
         evaluation: All figures, and one row a prompt and model.
         metrics: The headline figures.
+        against: The model to compare with in place of the registered champion, named as in the evaluation pipeline;
+            none compares with the base model alone.
     """
     from pathlib import Path
 
@@ -44,4 +47,5 @@ def evaluate(
         judge=Path(judge.path),
         evaluation=Path(evaluation.path),
         metrics=metrics,
+        against=against,
     )

@@ -33,6 +33,7 @@ def preflight(
     registry_promote: bool = False,
     tracking_uri: str = "",
     tracking_experiment: str = "",
+    pipeline: str = "instruction-tuning",
 ) -> str:
     """Resolve the run spec, check all that can be checked before money is spent, and open the run.
 
@@ -65,6 +66,7 @@ def preflight(
         registry_promote: Whether to move the champion alias when the verdict is PROMOTE.
         tracking_uri: MLflow tracking URI.
         tracking_experiment: MLflow experiment.
+        pipeline: The pipeline that this task begins; decides what the spec must hold.
 
     Returns:
         The run's id.
@@ -85,4 +87,5 @@ def preflight(
         job_id=job_id,
         storage_root=storage_root,
         pipeline_root=pipeline_root,
+        pipeline=pipeline,
     )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -42,7 +43,7 @@ def run(
         raise SpecError("there is nothing to run", key="SPEC", fix="give a spec file or --profile smoke|demo")
     resolved = load_spec(spec, profile=profile, assignments=assignments or [])
     check_sources(resolved)
-    _run(resolved, run_id or new_run_id(resolved.name), runner, image, verbose, as_json, resume=False)
+    run_pipeline(resolved, run_id or new_run_id(resolved.name), runner, image, verbose, as_json, resume=False)
 
 
 @app.command()
@@ -59,12 +60,22 @@ def resume(
 
     found = find_run(root, run_id)
     file = Path(root).absolute() / "runs" / found / "spec.yaml"
-    _run(load_spec(file), found, runner, image, verbose, as_json, resume=True)
+    run_pipeline(load_spec(file), found, runner, image, verbose, as_json, resume=True)
 
 
-def _run(
-    spec: TuneSpec, run_id: str, runner: str, image: str | None, verbose: bool, as_json: bool, *, resume: bool
-) -> None:
+def run_pipeline(
+    spec: TuneSpec,
+    run_id: str,
+    runner: str,
+    image: str | None,
+    verbose: bool,
+    as_json: bool,
+    *,
+    resume: bool,
+    pipeline: str = "instruction-tuning",
+    parameters: Mapping[str, str] | None = None,
+) -> NoReturn:
+    """Run a pipeline to its end, show it, and leave with the documented exit code."""
     from tunegate.cli.progress import choose_view
     from tunegate.cluster.exit_codes import INTERRUPTED_EXIT_CODE
     from tunegate.cluster.local import run_folder, start
@@ -77,7 +88,16 @@ def _run(
     view = choose_view(verbose=verbose, quiet=as_json, log_path=str(log))
     try:
         with view:
-            outcome = start(spec, run_id, watcher=view, runner=runner, image=image, resume=resume)  # type: ignore[arg-type]
+            outcome = start(
+                spec,
+                run_id,
+                watcher=view,
+                runner=runner,  # type: ignore[arg-type]
+                image=image,
+                resume=resume,
+                pipeline=pipeline,
+                parameters=parameters,
+            )
     except KeyboardInterrupt:
         typer.secho(f"interrupted; go on with: tunegate resume {run_id}", err=True)
         raise typer.Exit(INTERRUPTED_EXIT_CODE) from None

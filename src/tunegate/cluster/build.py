@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 from tunegate.cluster.readme import COMPONENTS, component_readme, pipeline_readme
@@ -16,15 +17,17 @@ from tunegate.cluster.readme import COMPONENTS, component_readme, pipeline_readm
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def compile_instruction_tuning() -> str:
-    """The compiled `instruction-tuning` pipeline as IR YAML."""
+PIPELINES = ("instruction_tuning", "evaluation")
+
+
+def compile_pipeline(name: str) -> str:
+    """A pipeline as IR YAML, by its folder's name."""
     from kfp import compiler
 
-    from tunegate.pipelines.instruction_tuning.pipeline import instruction_tuning
-
+    pipeline = getattr(import_module(f"tunegate.pipelines.{name}.pipeline"), name)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pipeline.yaml"
-        compiler.Compiler().compile(instruction_tuning, str(path))
+        compiler.Compiler().compile(pipeline, str(path))
         return path.read_text()
 
 
@@ -35,8 +38,8 @@ def _schema() -> str:
 
 
 GENERATED: dict[str, Callable[[], str]] = {
-    "pipelines/instruction_tuning/pipeline.yaml": compile_instruction_tuning,
-    "pipelines/instruction_tuning/README.md": pipeline_readme,
+    **{f"pipelines/{name}/pipeline.yaml": partial(compile_pipeline, name) for name in PIPELINES},
+    **{f"pipelines/{name}/README.md": partial(pipeline_readme, name) for name in PIPELINES},
     "docs/spec.schema.json": _schema,
     **{f"components/{name}/README.md": partial(component_readme, name) for name in COMPONENTS},
 }

@@ -1,4 +1,4 @@
-"""Run the compiled `instruction-tuning` pipeline on this machine, watch it, and tell how it ended."""
+"""Run a compiled pipeline on this machine, watch it, and tell how it ended."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ from tunegate.storage.runs import RunRecord, RunStore, now
 Runner = Literal["subprocess", "docker"]
 _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 20.0
+_JOB_FILE = "job.json"
+_OWN_PARAMETERS = ("spec_uri", "run_id", "run_name", "storage_root")
 
 
 class Watcher(Protocol):
@@ -62,6 +64,8 @@ def start(
     runner: Runner = "subprocess",
     image: str | None = None,
     resume: bool = False,
+    pipeline: str = "instruction-tuning",
+    parameters: Mapping[str, str] | None = None,
 ) -> LocalRun:
     """Run the pipeline to its end.
 
@@ -71,7 +75,9 @@ def start(
         watcher: Shows the events.
         runner: `subprocess` (this environment) or `docker` (the project image).
         image: Image for the Docker runner in place of the one in the compiled pipeline.
-        resume: Whether the run exists and is to go on where it was.
+        resume: Whether the run exists and is to go on where it was; it keeps its pipeline and parameters.
+        pipeline: Which pipeline.
+        parameters: Its parameters besides spec, run and storage root.
 
     Returns:
         The outcome; `exit_code` is the documented one.
@@ -86,13 +92,15 @@ def start(
     known = store.read_run()
     if known is not None and not resume:
         raise SpecError("a run with this id exists already", key="--run-id", value=run_id, fix="tunegate resume RUN")
-    job = _prepare(spec, run_id, folder, runner, image)
+    if known is not None:
+        pipeline, parameters = known.pipeline, _given_parameters(folder)
+    job = _prepare(spec, run_id, folder, runner, image, pipeline, parameters or {})
     if known is None:
         store.write_run(
             RunRecord(
                 run_id=run_id,
                 name=spec.name,
-                pipeline="instruction-tuning",
+                pipeline=pipeline,
                 status="running",
                 started=now(),
                 spec=spec.model_dump(mode="json"),
@@ -121,20 +129,37 @@ def exit_code(store: RunStore, record: RunRecord) -> int:
     return 1
 
 
-def _prepare(spec: TuneSpec, run_id: str, folder: Path, runner: Runner, image: str | None) -> Path:
+def _given_parameters(folder: Path) -> dict[str, str]:
+    """The parameters that an existing run was started with."""
+    try:
+        given = json.loads((folder / _JOB_FILE).read_text())["arguments"]
+    except (OSError, ValueError, KeyError):
+        return {}
+    return {name: value for name, value in given.items() if name not in _OWN_PARAMETERS}
+
+
+def _prepare(
+    spec: TuneSpec,
+    run_id: str,
+    folder: Path,
+    runner: Runner,
+    image: str | None,
+    pipeline_name: str,
+    parameters: Mapping[str, str],
+) -> Path:
     """Write what the worker needs into the run's folder; refuse a folder that cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         spec_file = folder / "spec.yaml"
         spec_file.write_text(dump_spec(spec))
         pipeline = folder / "pipeline.yaml"
-        text = (resources.files("tunegate.pipelines.instruction_tuning") / "pipeline.yaml").read_text()
+        text = (resources.files(f"tunegate.pipelines.{pipeline_name.replace('-', '_')}") / "pipeline.yaml").read_text()
         if image:
             from tunegate.components.image import DEFAULT_IMAGE
 
             text = text.replace(DEFAULT_IMAGE, image)
         pipeline.write_text(text)
-        job = folder / "job.json"
+        job = folder / _JOB_FILE
         job.write_text(
             json.dumps(
                 {
@@ -143,12 +168,13 @@ def _prepare(spec: TuneSpec, run_id: str, folder: Path, runner: Runner, image: s
                     "storage_root": spec.storage.root,
                     "runner": runner,
                     "environment": _container_environment(folder) if runner == "docker" else {},
-                    "mounts": _mounts(spec) if runner == "docker" else {},
+                    "mounts": _mounts(spec, parameters) if runner == "docker" else {},
                     "arguments": {
                         "spec_uri": str(spec_file),
                         "run_id": run_id,
                         "run_name": spec.name,
                         "storage_root": spec.storage.root,
+                        **parameters,
                     },
                 },
                 indent=2,
@@ -169,7 +195,7 @@ def _container_environment(folder: Path) -> dict[str, str]:
     return {**passed, EVENTS_VARIABLE: str(folder / "events.jsonl"), "HOME": "/tmp"}
 
 
-def _mounts(spec: TuneSpec) -> dict[str, dict[str, str]]:
+def _mounts(spec: TuneSpec, parameters: Mapping[str, str]) -> dict[str, dict[str, str]]:
     """Read-only mounts for data files and model folders that the container must see under the same path."""
     paths = {spec.model.source} if spec.model.source.startswith("/") else set()
     for kind in ("sft", "preferences", "ratings", "prompts", "evaluation"):
@@ -180,6 +206,7 @@ def _mounts(spec: TuneSpec) -> dict[str, dict[str, str]]:
     for uri in (*bias.questions, *bias.template_files, *capability.task_files):
         if uri.startswith("/"):
             paths.add(str(Path(uri).parent))
+    paths |= {value for value in parameters.values() if value.startswith("/")}
     return {path: {"bind": path, "mode": "ro"} for path in sorted(paths)}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module, resources
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -11,6 +11,7 @@ COMPONENTS = (
     "preflight",
     "ingest",
     "validate_data",
+    "fetch_model",
     "sft",
     "guard",
     "reward_model",
@@ -21,6 +22,39 @@ COMPONENTS = (
     "promote",
     "finish",
 )
+
+
+class _Pipeline(NamedTuple):
+    """What the README of a pipeline says besides its parameters."""
+
+    title: str
+    summary: str
+    edges: tuple[str, ...]
+    command: str
+
+
+_PIPELINES = {
+    "instruction_tuning": _Pipeline(
+        "Instruction tuning",
+        "SFT, reward model and PPO, evaluated and gated; the model is registered only when it earned it.",
+        (
+            "preflight --> ingest --> validate{data gate}",
+            "validate -->|PROMOTE| sft --> guard{safety after SFT}",
+            "guard -->|yes| reward{reward model gate}",
+            "reward -->|yes| ppo --> evaluate --> decide{gates}",
+            "decide -->|PROMOTE or HOLD| register -->|PROMOTE, when asked| promote",
+        ),
+        "tunegate run SPEC.yaml",
+    ),
+    "evaluation": _Pipeline(
+        "Evaluation",
+        "A model that exists (a folder, a run's, a registered version) is measured beside base model and champion, and "
+        "the gates say what they make of it. Nothing is trained, registered or promoted. Start it by hand, or on a "
+        "schedule to see whether the champion still holds.",
+        ("preflight --> ingest --> fetch[fetch model] --> evaluate --> decide{gates}",),
+        "tunegate evaluate MODEL",
+    ),
+}
 
 
 def component_spec(name: str) -> Any:
@@ -78,29 +112,24 @@ def _said_in_docstring(name: str) -> dict[str, str]:
     return said
 
 
-def pipeline_readme() -> str:
-    """The README of the `instruction-tuning` pipeline."""
-    from tunegate.pipelines.instruction_tuning.pipeline import instruction_tuning
-
-    spec = instruction_tuning.component_spec
+def pipeline_readme(name: str) -> str:
+    """The README of a pipeline, by its folder's name."""
+    spec = getattr(import_module(f"tunegate.pipelines.{name}.pipeline"), name).component_spec
+    about = _PIPELINES[name]
     lines = [
-        "# Instruction tuning",
+        f"# {about.title}",
         "",
         "<!-- Made from the docstring by `make compile`; edit pipeline.py. -->",
         "",
-        "SFT, reward model and PPO, evaluated and gated; the model is registered only when it earned it.",
+        about.summary,
         "",
         "```mermaid",
         "flowchart LR",
-        "  preflight --> ingest --> validate{data gate}",
-        "  validate -->|PROMOTE| sft --> guard{safety after SFT}",
-        "  guard -->|yes| reward{reward model gate}",
-        "  reward -->|yes| ppo --> evaluate --> decide{gates}",
-        "  decide -->|PROMOTE or HOLD| register -->|PROMOTE, when asked| promote",
+        *(f"  {edge}" for edge in about.edges),
         "  finish[finish: exit handler, always runs]",
         "```",
         "",
-        "Run it here with `tunegate run SPEC.yaml`, or upload `pipeline.yaml` to Kubeflow Pipelines.",
+        f"Run it here with `{about.command}`, or upload `pipeline.yaml` to Kubeflow Pipelines.",
         "",
         "## Parameters",
         "",

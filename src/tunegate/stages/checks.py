@@ -6,7 +6,7 @@ import importlib.util
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,8 @@ from tunegate.storage.runs import RunStore
 from tunegate.training.config import BUNDLED_MODEL, TINY_MODEL
 
 _MIN_FREE_BYTES = 64 * 2**20
+TRAINING_DATA = ("sft", "preferences", "evaluation")
+"""Kinds of data that a run cannot do without when it trains."""
 KINDS = ("sft", "preferences", "ratings", "prompts", "evaluation")
 
 
@@ -41,13 +43,18 @@ class Environment:
         return figures
 
 
-def check_environment(spec: TuneSpec, run: RunStore) -> Environment:
+def check_environment(spec: TuneSpec, run: RunStore, *, needed: Sequence[str] = TRAINING_DATA) -> Environment:
     """Check the sources and that the storage takes and returns data.
+
+    Args:
+        spec: The run.
+        run: Its records.
+        needed: Kinds of data that there must be.
 
     Raises:
         TunegateError: Whatever does not hold; all findings in one message.
     """
-    check_sources(spec)
+    check_sources(spec, needed=needed)
     _check_storage(run)
     free = None if spec.storage.root.startswith("s3://") else shutil.disk_usage(_existing(spec.storage.root)).free
     if free is not None and free < _MIN_FREE_BYTES:
@@ -80,14 +87,18 @@ def check_services(spec: TuneSpec) -> None:
         raise StorageError("the cluster is not ready for a run:\n  - " + "\n  - ".join(map(str, failed)))
 
 
-def check_sources(spec: TuneSpec) -> None:
+def check_sources(spec: TuneSpec, *, needed: Sequence[str] = TRAINING_DATA) -> None:
     """Check that every data source and the base model are there, without reading them.
+
+    Args:
+        spec: The run.
+        needed: Kinds of data that there must be.
 
     Raises:
         SpecError: Something is missing; every finding is named.
     """
     findings: list[str] = []
-    for required in ("sft", "preferences", "evaluation"):
+    for required in needed:
         if not getattr(spec.data, required):
             findings.append(
                 f"data.{required}: there is no source. Fix: give at least one, e.g. starter:{required}.jsonl"

@@ -5,9 +5,14 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from tunegate.config import TuneSpec
 from tunegate.data import read_records
-from tunegate.stages.context import Outcome, Output, StageContext, absent, run_stage, scratch
+from tunegate.evaluation.results import COMPARISONS_NAME, LIKELIHOODS_NAME, ROWS_NAME
+from tunegate.stages.context import Outcome, Output, StageContext, absent, run_stage
+from tunegate.stages.fetch import NONE, bring
 from tunegate.stages.metrics import MetricsArtifact, publish
+from tunegate.storage.manifest import digest_files, list_files
+from tunegate.storage.runs import now
 
 
 def run(
@@ -21,6 +26,7 @@ def run(
     judge: Path,
     evaluation: Path,
     metrics: MetricsArtifact | None = None,
+    against: str = "",
 ) -> None:
     """Measure the candidate beside the others.
 
@@ -28,29 +34,34 @@ def run(
         spec: The spec artifact.
         dataset: The clean dataset, for evaluation prompts and held-out conversations.
         base_model: The anchor.
-        sft_model: The model before PPO.
+        sft_model: The model before PPO, or the mark of its absence.
         candidate: The model that asks for promotion.
-        reward: The reward model that PPO optimised.
+        reward: The reward model that PPO optimised, or the mark of its absence.
         judge: The independent reward model, or the mark of its absence.
         evaluation: Where the evaluation goes.
         metrics: Kubeflow's metrics artifact.
+        against: The model to compare with in place of the registered champion, see `fetch.bring`; `none` compares with
+            the base model alone.
     """
 
     def body(context: StageContext) -> Outcome:
         from tunegate.evaluation.suite import evaluate
-        from tunegate.registry.registry import champion_model
 
         prompts = read_records(dataset, "evaluation")
         heldout = read_records(dataset, "sft", "heldout")
         context.log_dataset("evaluation", len(prompts), "evaluation", "dataset")
         with tempfile.TemporaryDirectory(prefix="tunegate-") as folder:
-            models = {"candidate": candidate, "anchor": base_model, "sft": sft_model}
-            champion = champion_model(context.tracking_uri, context.spec.registry.model_name, Path(folder) / "champion")
-            if champion is not None:
+            models = {"candidate": candidate, "anchor": base_model}
+            if not absent(sft_model):
+                models["sft"] = sft_model
+            champion = _champion(context, against, Path(folder) / "champion")
+            if champion is not None and digest_files(list_files(champion)) == context.digests["candidate"]:
+                context.observer.note("the model is the champion itself: it is compared with the base model alone")
+            elif champion is not None:
                 models["champion"] = champion
             result = evaluate(
                 models,
-                reward=reward,
+                reward=None if absent(reward) else reward,
                 judge=None if absent(judge) else judge,
                 prompts=prompts,
                 heldout=heldout,
@@ -59,8 +70,11 @@ def run(
                 seed=context.seed,
                 observer=context.observer,
                 precision=context.spec.model.precision,
-                cache=scratch(context.spec, context.run.run_id).parent.parent / "evaluation-cache",
+                cache=answers_cache(context.spec),
             )
+        for name in (ROWS_NAME, LIKELIHOODS_NAME, COMPARISONS_NAME):
+            if (evaluation / name).exists():
+                context.tracker.log_artifact(context.mlflow_run_id, evaluation / name, "evaluation")
         shown = result.models["candidate"].metrics
         win_rate = result.differences["anchor"].get("win_rate")
         parts = [f"win rate over base {win_rate.estimate:.0%}"] if win_rate else []
@@ -94,18 +108,39 @@ def run(
         outputs={"evaluation": Output(evaluation, "evaluation")},
         sections=("evaluation", "model"),
         body=body,
-        arguments=_champion_key(spec),
+        arguments=_against_key(spec, against),
     )
     publish(record, metrics)
 
 
-def _champion_key(spec_path: Path) -> dict[str, str]:
-    """The champion's digest: an evaluation against another champion must not be taken over."""
+def answers_cache(spec: TuneSpec) -> str:
+    """Where answers survive a run, so that an unchanged champion or base model is not asked twice: beside the runs."""
+    return f"{spec.storage.root.rstrip('/')}/evaluation-cache"
+
+
+def _champion(context: StageContext, against: str, out: Path) -> Path | None:
+    """The model to compare with besides the base model."""
+    from tunegate.registry.registry import champion_model
+
+    if against == NONE:
+        return None
+    if not against:
+        return champion_model(context.tracking_uri, context.spec.registry.model_name, out)
+    found = bring(against, out, context)
+    context.observer.note(f"compared with {found.title}")
+    return out
+
+
+def _against_key(spec_path: Path, against: str) -> dict[str, str]:
+    """What the model is compared with: an evaluation against another one must not be taken over."""
     from tunegate.errors import RegistryError
     from tunegate.registry.registry import status
     from tunegate.stages.context import ResolvedSpec
     from tunegate.tracking.uri import resolve_tracking_uri
 
+    if against:
+        # The name of a registry or a folder may stand for another model tomorrow: such an evaluation is done anew.
+        return {} if against == NONE else {"against": against, "at": now()}
     spec = ResolvedSpec.read(spec_path).spec
     try:
         found = status(resolve_tracking_uri(spec.tracking, spec.storage.root), spec.registry.model_name)

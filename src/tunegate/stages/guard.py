@@ -7,7 +7,8 @@ from pathlib import Path
 from tunegate.data import read_records
 from tunegate.evaluation.config import AttackSpec, CapabilitySpec, EvaluationSpec, JudgeSpec, Tag
 from tunegate.gates.config import SFTGateSpec
-from tunegate.stages.context import Outcome, Output, StageContext, mark_absent, run_stage, scratch
+from tunegate.stages.context import Outcome, Output, StageContext, mark_absent, run_stage
+from tunegate.stages.evaluate import answers_cache
 from tunegate.stages.metrics import MetricsArtifact, publish
 
 _TAGS: tuple[Tag, ...] = ("harmful", "everyday")
@@ -55,7 +56,7 @@ def run(
             seed=context.spec.stage_seed("evaluate"),
             observer=context.observer,
             precision=context.spec.model.precision,
-            cache=scratch(context.spec, context.run.run_id).parent.parent / "evaluation-cache",
+            cache=answers_cache(context.spec),
         )
         gate = gate_sft(section, result)
         figures = {

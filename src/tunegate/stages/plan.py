@@ -7,6 +7,7 @@ trainers, in `tunegate.training.estimate`. Treat times as good to a factor of tw
 from __future__ import annotations
 
 import gzip
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -77,11 +78,12 @@ class _Rows:
         return round(self.count * share)
 
 
-def make_plan(spec: TuneSpec) -> Plan:
+def make_plan(spec: TuneSpec, *, stages: Sequence[str] | None = None) -> Plan:
     """Estimate a run from its spec and the size of its sources.
 
     Args:
         spec: The run.
+        stages: Only these are planned; None plans all.
 
     Returns:
         Stages with seconds, peak memory, disk and cost; remarks say what was assumed, warnings which gates no candidate
@@ -156,7 +158,7 @@ def make_plan(spec: TuneSpec) -> Plan:
         ("decide", "gates, registration, report", Estimate(4 * _TASK_SECONDS, _TASK_BYTES, weights)),
     ]
     price = spec.cost.hourly_price
-    stages = [
+    listed = [
         PlannedStage(
             stage=stage,
             what=what,
@@ -166,13 +168,14 @@ def make_plan(spec: TuneSpec) -> Plan:
             cost=estimate.seconds / 3600 * price,
         )
         for stage, what, estimate in planned
+        if stages is None or stage in stages
     ]
     return Plan(
-        stages=stages,
-        seconds=round(sum(s.seconds for s in stages), 1),
-        memory_bytes=max(s.memory_bytes for s in stages),
-        disk_bytes=sum(s.disk_bytes for s in stages),
-        cost=sum(s.cost for s in stages),
+        stages=listed,
+        seconds=round(sum(s.seconds for s in listed), 1),
+        memory_bytes=max(s.memory_bytes for s in listed),
+        disk_bytes=sum(s.disk_bytes for s in listed),
+        cost=sum(s.cost for s in listed),
         currency=spec.cost.currency,
         hourly_price=price,
         remarks=remarks,

@@ -13,7 +13,7 @@ from typing import Any
 from tunegate import __version__
 from tunegate.config import TuneSpec, build_spec, merge, profile_mapping, read_spec_mapping, resolve_paths
 from tunegate.errors import SpecError, StorageError, TunegateError
-from tunegate.stages.checks import check_environment, check_services
+from tunegate.stages.checks import TRAINING_DATA, check_environment, check_services
 from tunegate.stages.context import Outcome, ResolvedSpec, open_tracker
 from tunegate.stages.observe import StageObserver
 from tunegate.stages.plan import make_plan
@@ -41,6 +41,11 @@ PARAMETERS: dict[str, str] = {
     "tracking_uri": "tracking.uri",
     "tracking_experiment": "tracking.experiment",
 }
+
+#: Kinds of data that a pipeline cannot do without.
+NEEDED_DATA = {"instruction-tuning": TRAINING_DATA, "evaluation": ("evaluation",)}
+#: Stages that a pipeline plans, where these are not all.
+PLANNED_STAGES = {"evaluation": ("ingest", "evaluate", "decide")}
 
 #: The storage root of a site, from the ConfigMap that chart and manifests make.
 ROOT_VARIABLE = "TUNEGATE_S3_ROOT"
@@ -142,6 +147,7 @@ def run(
     job_id: str,
     storage_root: str,
     pipeline_root: str,
+    pipeline: str = "instruction-tuning",
 ) -> str:
     """Resolve and check the spec, open the run and its MLflow parent run.
 
@@ -155,6 +161,7 @@ def run(
         job_id: Kubeflow's id of the pipeline run.
         storage_root: Folder or `s3://` prefix for records and artifacts, or empty, see `effective_root`.
         pipeline_root: Kubeflow's pipeline root.
+        pipeline: Name of the pipeline that begins; `evaluation` trains nothing and needs no training data.
 
     Returns:
         The run's id.
@@ -170,8 +177,8 @@ def run(
     opened = run_store.read_run()
     run_record = RunRecord(
         run_id=run_store.run_id,
-        name=str(parameters.get("run_name") or "instruction-tuning"),
-        pipeline="instruction-tuning",
+        name=str(parameters.get("run_name") or pipeline),
+        pipeline=pipeline,
         status="running",
         started=opened.started if opened else now(),
         code_version=__version__,
@@ -186,8 +193,8 @@ def run(
         resolved = _resolve(parameters, overrides, profile, spec_uri, root)
         if on_cluster(pipeline_root):
             check_services(resolved)
-        facts = check_environment(resolved, run_store)
-        plan = make_plan(resolved)
+        facts = check_environment(resolved, run_store, needed=NEEDED_DATA[pipeline])
+        plan = make_plan(resolved, stages=PLANNED_STAGES.get(pipeline))
         for warning in plan.warnings:
             observer.note(f"no candidate can pass the gates as they are set: {warning}")
         ResolvedSpec(resolved, run_store.run_id).write(spec)

@@ -1,0 +1,5 @@
+"""The `evaluation` pipeline."""
+
+from tunegate.pipelines.evaluation.pipeline import evaluation
+
+__all__ = ["evaluation"]
