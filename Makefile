@@ -50,8 +50,9 @@ types: $(STAMP) ## Check types (mypy, strict)
 imports: $(STAMP) ## Check that data flows one way
 	$(BIN)/lint-imports
 
-cluster-check: $(STAMP) ## Lint, render and validate the chart and the manifests
-	$(BIN)/python -m pytest -q tests/cluster/test_chart.py tests/cluster/test_chart_values.py tests/cluster/test_manifests.py
+cluster-check: $(STAMP) ## Lint, render and validate the chart, the manifests and TrainJobs
+	$(BIN)/python -m pytest -q tests/cluster/test_chart.py tests/cluster/test_chart_values.py \
+		tests/cluster/test_manifests.py tests/cluster/test_trainjob.py tests/cluster/test_mlflow_database.py
 
 docker-check: $(STAMP) ## Build the image on a local base image and run the smoke profile in it
 	bash docker/check.sh

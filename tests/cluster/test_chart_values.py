@@ -218,6 +218,8 @@ WRONG_TOGETHER = [
         "kubeflow",
         "tracking.secretKeys",
     ),
+    (good(runs__stages={"sft": {"nodes": 3}}), "kubeflow", "trainer.enabled: runs ask for training on 3 nodes"),
+    (good(runs__training={"nodes": 2}), "kubeflow", "trainer.enabled: runs ask for training on 2 nodes"),
     (good(trainer__enabled=True, image__digest=f"sha256:{1:064d}"), "kubeflow", "image.cudaDigest"),
 ]
 

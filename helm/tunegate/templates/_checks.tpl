@@ -49,6 +49,13 @@
 {{- if and $v.image.digest $cuda (not $v.image.cudaDigest) -}}
 {{- $wrong = append $wrong "image.cudaDigest: image.digest pins the CPU image, but runs or TrainJobs use the CUDA image; pin that one too" -}}
 {{- end -}}
+{{- $nodes := int (dig "nodes" 1 $v.runs.training) -}}
+{{- range $stage, $sizes := $v.runs.stages -}}
+{{- $nodes = max $nodes (int (dig "nodes" 1 $sizes)) -}}
+{{- end -}}
+{{- if and (gt (int $nodes) 1) (not $v.trainer.enabled) -}}
+{{- $wrong = append $wrong (printf "trainer.enabled: runs ask for training on %d nodes, which Kubeflow Trainer does; set trainer.enabled=true" (int $nodes)) -}}
+{{- end -}}
 {{- if and $v.tracking.existingSecret (not $v.tracking.secretKeys) -}}
 {{- $wrong = append $wrong (printf "tracking.secretKeys: name the keys of %s that MLflow's client reads, e.g. [MLFLOW_TRACKING_TOKEN]" $v.tracking.existingSecret) -}}
 {{- end -}}

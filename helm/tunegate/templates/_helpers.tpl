@@ -104,6 +104,11 @@ resources:
   {{- with .Values.runs.queue }}
   queue: {{ . }}
   {{- end }}
+  {{- if .Values.trainer.enabled }}
+  trainer:
+    runtime: {{ .Values.trainer.runtimeName }}
+    processes_per_node: {{ eq .Values.trainer.accelerator "cuda" | ternary .Values.trainer.gpusPerNode 1 }}
+  {{- end }}
   {{- range $key := list "labels" "annotations" "defaults" "training" "stages" }}
   {{- with index $.Values.runs $key }}
   {{ $key }}:
