@@ -152,8 +152,11 @@ def _failure(folder: Path, status: int) -> Exception:
         error: Exception = kind(reason, key=key, value=value, fix=fix)
         return error
     said = (folder / "log").read_text(errors="replace").strip().splitlines()
-    print("\n".join(said[-60:]), file=sys.stderr)
-    reason = next((line for line in reversed(said) if "Error" in line), said[-1] if said else "no message")
+    print("\n".join(said[-120:]), file=sys.stderr)
+    # torchrun puts its own report last; what counts is what a rank said: `[rank0]: RuntimeError: ...`.
+    of_ranks = [line.split("]:", 1)[1] for line in said if line.startswith("[rank")]
+    errors = [line for line in of_ranks or said if "Error" in line]
+    reason = errors[-1] if errors else said[-1] if said else "no message"
     return TrainingError(
         f"a training process ended with status {status}: {reason.strip()}",
         key="distributed.processes",

@@ -97,7 +97,9 @@ def shard_layers(model: Any) -> None:
             inside.add(id(parameter))
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-        fully_shard(layer, mp_policy=policy).set_gradient_divide_factor(1.0)
+        wrapped = fully_shard(layer, mp_policy=policy)
+        wrapped.set_gradient_divide_factor(1.0)
+        wrapped.set_force_sum_reduction_for_comms(True)
     others = {parameter for parameter in trunk.parameters() if not hasattr(parameter, "placements")}
     fully_shard(trunk, ignored_params=others)
 
