@@ -1,5 +1,5 @@
 from __future__ import annotations
 
-from registry_fixtures import add, registry_uri, uri
+from registry_fixtures import add, artifacts, local_store, service, uri
 
-__all__ = ["add", "registry_uri", "uri"]
+__all__ = ["add", "artifacts", "local_store", "service", "uri"]

@@ -2,15 +2,16 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlflow.exceptions import MlflowException
+from registry_service import Service
 
 from tunegate.gates.results import Decision, GateResult, write_decision
 from tunegate.registry.config import RegistrySpec
@@ -19,10 +20,11 @@ from tunegate.storage.manifest import write_manifest
 from tunegate.tracking.client import connect
 from tunegate.tracking.database import prepare_database
 
-# The MLflow server process is shared with the tests of the room next door.
-sys.path.insert(0, str(Path(__file__).parents[1] / "tracking"))
-
 NAME = "assistant"
+STORE_VARIABLE = "TUNEGATE_TEST_REGISTRY"
+"""`server` runs every test of this room against an MLflow server on PostgreSQL with S3 (some minutes)."""
+on_both_stores = pytest.mark.parametrize("uri", ["local", "server"], indirect=True)
+"""For the tests that say most about a server; the others run against it when the variable says so."""
 
 
 @dataclass
@@ -36,8 +38,8 @@ class Made:
 
 
 @pytest.fixture(scope="session")
-def registry_uri() -> Iterator[str]:
-    """One MLflow store for all tests of the room: making and opening one takes longer than most tests."""
+def local_store() -> Iterator[str]:
+    """One local MLflow store for all tests of the room: making and opening one takes longer than most tests."""
     # Every change is a commit that waits for the disk, so the file is kept in memory where that can be had.
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
@@ -46,13 +48,39 @@ def registry_uri() -> Iterator[str]:
         yield uri
 
 
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """An MLflow server on PostgreSQL and S3 for all tests of the room."""
+    running = Service(tmp_path_factory.mktemp("service"))
+    yield running
+    running.close()
+
+
 @pytest.fixture
-def uri(registry_uri: str) -> Iterator[str]:
-    """A registry without models."""
-    yield registry_uri
-    client = connect(registry_uri)
+def uri(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A registry without models: a local store, or a server on PostgreSQL with S3."""
+    kind = getattr(request, "param", os.environ.get(STORE_VARIABLE, "local"))
+    store = request.getfixturevalue("local_store") if kind == "local" else request.getfixturevalue("service").uri
+    yield store
+    client = connect(store)
     for model in client.search_registered_models():
         client.delete_registered_model(model.name)
+
+
+@pytest.fixture
+def artifacts(uri: str, request: pytest.FixtureRequest) -> Callable[[int], AbstractContextManager[Path]]:
+    """Opens a version's artifacts, wherever they lie, as a folder that may be changed."""
+
+    @contextmanager
+    def opened(version: int) -> Iterator[Path]:
+        location = str(connect(uri).get_model_version_download_uri(NAME, str(version)))
+        if location.startswith("mlflow-artifacts:"):
+            with request.getfixturevalue("service").artifacts(location) as folder:
+                yield folder
+        else:
+            yield Path(location.removeprefix("file://"))
+
+    return opened
 
 
 def aliases_of(client: Any, name: str = NAME) -> dict[str, int]:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from registry_fixtures import NAME, aliases_of
+from registry_fixtures import NAME, aliases_of, on_both_stores
 
 from tunegate.registry.registry import audit, history, promote, reject
 from tunegate.tracking.client import connect
@@ -22,14 +22,25 @@ def promoted(uri, add):
 RIGHT = {"candidate": 3, "champion": 2, "previous_champion": 1}
 
 
+MOVED = (lambda c: c.set_registered_model_alias(NAME, "champion", "3"), "champion", "3", "2")
+
+
 @pytest.mark.parametrize(
-    ("by_hand", "alias", "found", "expected"),
+    ("uri", "by_hand", "alias", "found", "expected"),
     [
-        (lambda c: c.set_registered_model_alias(NAME, "champion", "3"), "champion", "3", "2"),
-        (lambda c: c.delete_registered_model_alias(NAME, "champion"), "champion", None, "2"),
-        (lambda c: c.set_registered_model_alias(NAME, "previous_champion", "3"), "previous_champion", "3", "1"),
-        (lambda c: c.set_registered_model_alias(NAME, "candidate", "1"), "candidate", "1", "3"),
+        ("local", *MOVED),
+        ("server", *MOVED),
+        ("local", lambda c: c.delete_registered_model_alias(NAME, "champion"), "champion", None, "2"),
+        (
+            "local",
+            lambda c: c.set_registered_model_alias(NAME, "previous_champion", "3"),
+            "previous_champion",
+            "3",
+            "1",
+        ),
+        ("local", lambda c: c.set_registered_model_alias(NAME, "candidate", "1"), "candidate", "1", "3"),
     ],
+    indirect=["uri"],
 )
 def test_an_alias_moved_by_hand_is_found_and_put_back(promoted, uri, by_hand, alias, found, expected):
     assert audit(uri, NAME).ok
@@ -71,11 +82,10 @@ def test_promoting_the_rightful_champion_puts_its_alias_back(promoted, uri):
     assert aliases_of(promoted) == RIGHT
 
 
-def test_changed_files_of_the_champion_are_reported_and_stay_reported(promoted, uri):
-    from pathlib import Path
-
-    root = Path(promoted.get_model_version_download_uri(NAME, "2").removeprefix("file://"))
-    (root / "config.json").write_text("{}")
+@on_both_stores
+def test_changed_files_of_the_champion_are_reported_and_stay_reported(promoted, uri, artifacts):
+    with artifacts(2) as root:
+        (root / "config.json").write_text("{}")
     for enforce in (False, True):
         report = audit(uri, NAME, enforce=enforce, who="nightly")
         assert not report.ok

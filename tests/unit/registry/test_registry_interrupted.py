@@ -10,7 +10,7 @@ import time
 from typing import Any
 
 import pytest
-from registry_fixtures import NAME, aliases_of
+from registry_fixtures import NAME, aliases_of, on_both_stores
 
 from tunegate.errors import RegistryError
 from tunegate.registry import aliases
@@ -82,8 +82,14 @@ def impatient(monkeypatch):
 
 
 # The changes of a promotion in order: 0 lock, 1 event begun, 2 champion, 3 previous_champion, 4 event done, 5 unlock.
-@pytest.mark.parametrize("lose_the_answer", [False, True])
-@pytest.mark.parametrize("changes", range(5))
+CUTS = [("local", changes, lost) for changes in range(5) for lost in (False, True)]
+
+
+@pytest.mark.parametrize(
+    ("uri", "changes", "lose_the_answer"),
+    [*CUTS, ("server", 2, False), ("server", 2, True), ("server", 3, False)],
+    indirect=["uri"],
+)
 def test_a_promotion_cut_at_any_point_is_whole_or_not_at_all_and_can_be_repeated(
     uri, two, cut, impatient, changes, lose_the_answer
 ):
@@ -132,6 +138,7 @@ def test_an_interrupted_rollback_is_seen_through(uri, two, cut, impatient):
     assert aliases_of(two) == {"candidate": 2, "champion": 1}
 
 
+@on_both_stores
 def test_of_two_that_promote_at_once_one_wins_and_the_other_is_told(uri, two, add, monkeypatch):
     add(uri, "three")
     barrier = threading.Barrier(2)
@@ -268,6 +275,7 @@ def test_a_holder_whose_lock_was_broken_moves_nothing(uri, two, monkeypatch):
     assert "bob" in str(status(uri, NAME).held_by)  # the other's lock was left alone
 
 
+@on_both_stores
 def test_tags_that_change_between_check_and_move_stop_the_promotion(uri, two, monkeypatch):
     real = aliases.check_entitled
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from registry_fixtures import NAME, aliases_of
+from registry_fixtures import NAME, aliases_of, on_both_stores
 
 from tunegate.errors import GateError, RegistryError
 from tunegate.gates.results import GATES_VERSION
@@ -26,10 +26,7 @@ def _aliases(uri):
     return aliases_of(connect(uri))
 
 
-def _artifacts(uri, version) -> Path:
-    return Path(connect(uri).get_model_version_download_uri(NAME, str(version)).removeprefix("file://"))
-
-
+@on_both_stores
 def test_register_promote_roll_back(uri, add):
     add(uri, "one")
     assert _aliases(uri) == {"candidate": 1}
@@ -109,6 +106,7 @@ def test_without_the_verdict_promote_nothing_moves(uri, add, verdict):
     assert history(uri, NAME) == []
 
 
+@on_both_stores
 def test_two_persons_must_approve_when_the_spec_says_so(uri, add):
     add(uri, "one", "HOLD", approvals=2)
     with pytest.raises(GateError, match=r"asks for 2 approvals, it has 0 \(nobody yet\)"):
@@ -144,6 +142,7 @@ def test_an_approval_of_other_evidence_does_not_count(uri, add):
         promote(uri, NAME, 2, who="ann", why="x")
 
 
+@on_both_stores
 def test_a_rejected_version_is_never_promoted_and_the_candidate_moves_on(uri, add):
     add(uri, "one")
     add(uri, "two")
@@ -233,6 +232,7 @@ def _remove_evaluation(root: Path) -> None:
     shutil.rmtree(root / "tunegate" / "evaluation")
 
 
+@on_both_stores
 @pytest.mark.parametrize(
     ("tamper", "reason"),
     [
@@ -245,18 +245,21 @@ def _remove_evaluation(root: Path) -> None:
         (_remove_evaluation, "evaluation is missing"),
     ],
 )
-def test_files_that_were_changed_stop_a_promotion(uri, add, tamper, reason):
+def test_files_that_were_changed_stop_a_promotion(uri, add, artifacts, tamper, reason):
     add(uri, "one")
-    tamper(_artifacts(uri, 1))
+    with artifacts(1) as root:
+        tamper(root)
     with pytest.raises(GateError, match=reason):
         promote(uri, NAME, who="ann", why="x")
     assert _aliases(uri) == {"candidate": 1}
     assert not verify(uri, NAME, 1).ok
 
 
-def test_evidence_that_was_edited_stops_a_promotion_even_when_the_tag_says_promote(uri, add):
+@on_both_stores
+def test_evidence_that_was_edited_stops_a_promotion_even_when_the_tag_says_promote(uri, add, artifacts):
     add(uri, "one", "HOLD")
-    _swap_verdict(_artifacts(uri, 1))
+    with artifacts(1) as root:
+        _swap_verdict(root)
     with pytest.raises(GateError, match="not the one that the version was registered with"):
         promote(uri, NAME, who="ann", why="x")
     connect(uri).set_model_version_tag(NAME, "1", "tunegate.verdict", "PROMOTE")
@@ -264,12 +267,13 @@ def test_evidence_that_was_edited_stops_a_promotion_even_when_the_tag_says_promo
         promote(uri, NAME, who="ann", why="x")
 
 
-def test_evidence_of_another_version_stops_a_promotion(uri, add):
+@on_both_stores
+def test_evidence_of_another_version_stops_a_promotion(uri, add, artifacts):
     """The whole evidence of a good version, its tags included, is put on a bad one."""
     add(uri, "good")
     add(uri, "bad", "REJECT")
-    good, bad = _artifacts(uri, 1), _artifacts(uri, 2)
-    (bad / "tunegate" / "decision.json").write_bytes((good / "tunegate" / "decision.json").read_bytes())
+    with artifacts(1) as good, artifacts(2) as bad:
+        (bad / "tunegate" / "decision.json").write_bytes((good / "tunegate" / "decision.json").read_bytes())
     client = connect(uri)
     tags = client.get_model_version(NAME, "1").tags
     for tag in ("tunegate.decision_digest", "tunegate.verdict"):
@@ -281,9 +285,9 @@ def test_evidence_of_another_version_stops_a_promotion(uri, add):
         promote(uri, NAME, 2, who="ann", why="x")
 
 
-def test_a_version_that_did_not_come_through_the_gates_is_refused(uri, add, tmp_path):
+def test_a_version_that_did_not_come_through_the_gates_is_refused(uri, add):
     add(uri, "one")
-    connect(uri).create_model_version(NAME, str(tmp_path / "anything"))
+    connect(uri).create_model_version(NAME, "s3://somewhere/anything")
     with pytest.raises(GateError, match="did not come through the gates"):
         promote(uri, NAME, 2, who="ann", why="x")
 
@@ -300,12 +304,13 @@ def test_evidence_of_older_gates_is_refused_for_promotion_but_not_for_rollback(u
     assert rollback(uri, NAME, who="ann", why="x").version == "1"
 
 
-def test_a_rollback_checks_what_it_goes_back_to(uri, add):
+def test_a_rollback_checks_what_it_goes_back_to(uri, add, artifacts):
     add(uri, "one")
     promote(uri, NAME, 1, who="ann", why="x")
     add(uri, "two")
     promote(uri, NAME, 2, who="ann", why="x")
-    _change_model(_artifacts(uri, 1))
+    with artifacts(1) as root:
+        _change_model(root)
     with pytest.raises(GateError, match="was changed"):
         rollback(uri, NAME, who="ann", why="x")
     assert _aliases(uri)["champion"] == 2

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 
 from mlflow.server import constants
@@ -16,7 +17,9 @@ from mlflow.server import constants
 class MlflowServer:
     """`mlflow server` without its command line's start-up time: the same application under the same uvicorn."""
 
-    def __init__(self, folder: Path, store_uri: str) -> None:
+    def __init__(
+        self, folder: Path, store_uri: str, *, artifacts: str = "", environment: Mapping[str, str] | None = None
+    ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -26,11 +29,12 @@ class MlflowServer:
             **os.environ,
             constants.BACKEND_STORE_URI_ENV_VAR: store_uri,
             constants.REGISTRY_STORE_URI_ENV_VAR: store_uri,
-            constants.ARTIFACTS_DESTINATION_ENV_VAR: str(folder / "served-artifacts"),
+            constants.ARTIFACTS_DESTINATION_ENV_VAR: artifacts or str(folder / "served-artifacts"),
             constants.ARTIFACT_ROOT_ENV_VAR: "mlflow-artifacts:/",
             constants.SERVE_ARTIFACTS_ENV_VAR: "true",
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
             "MLFLOW_DISABLE_TELEMETRY": "true",
+            **(environment or {}),
         }
         self._process: subprocess.Popen[bytes] | None = None
 
