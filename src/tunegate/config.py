@@ -272,6 +272,8 @@ def resolve_paths(spec: TuneSpec, base_dir: Path) -> TuneSpec:
 
 
 def _absolute(uri: str, base_dir: Path) -> str:
+    if uri.startswith(("hf://./", "hf://../")):
+        return f"hf://{(base_dir / uri.removeprefix('hf://')).absolute()}"
     head = uri.split("/", 1)[0]
     if ":" in head:  # s3://…, starter:…, hf://…
         return uri

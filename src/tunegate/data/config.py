@@ -17,7 +17,8 @@ ReportableKind = Literal["sft", "preferences", "ratings", "prompts", "evaluation
 
 def _stem(uri: str) -> str:
     """A readable name for a source: the file's name without its endings."""
-    name = PurePosixPath(uri.split(":", 1)[-1]).name
+    path = uri.split(":", 1)[-1].split("?", 1)[0] if uri.startswith("hf://") else uri.split(":", 1)[-1]
+    name = PurePosixPath(path).name
     return name.split(".", 1)[0].strip("*?[]") or name or uri
 
 
@@ -25,8 +26,9 @@ class SourceSpec(Section):
     """One file, or one glob of files, of records of one kind."""
 
     uri: str = Field(min_length=1)
-    """A path (relative to the folder of the spec, or absolute), a glob, `s3://bucket/key`, or `starter:sft.jsonl`
-    for a file of the starter data that comes with the package."""
+    """A path (relative to the folder of the spec, or absolute) or a glob; `s3://bucket/key`, also with wildcards;
+    `hf://organisation/name?split=train` for a data set of the Hugging Face Hub (`&config=…`, `&revision=…`), or
+    `hf:///folder?split=train` for one on disk; or `starter:sft.jsonl` for a file of the starter data."""
 
     name: str = ""
     """What the source is called in reports; by default the file's name without endings."""
@@ -50,10 +52,19 @@ class SourceSpec(Section):
     tag: str | None = None
     """The tag of prompts and evaluation prompts whose rows carry none."""
 
+    sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    """The digest that the file must have, in hexadecimal; for a single file on disk or on S3."""
+
     @model_validator(mode="after")
     def _scale_ascends(self) -> SourceSpec:
         if self.scale[0] >= self.scale[1]:
             raise ValueError(f"scale is [lowest, highest], e.g. [1, 5]; {list(self.scale)} does not ascend")
+        return self
+
+    @model_validator(mode="after")
+    def _digest_of_one_file(self) -> SourceSpec:
+        if self.sha256 is not None and (set("*?[") & set(self.uri) or self.uri.startswith(("hf://", "starter:"))):
+            raise ValueError("sha256 pins a single file on disk or on S3; give every file of a glob its own source")
         return self
 
     @model_validator(mode="before")

@@ -32,7 +32,7 @@ def hash64(*parts: str, salt: bytes = b"") -> int:
 
 def content_id(source: str, value: Any) -> str:
     """An id for a row that has none, from its content: the same row has the same id in every file."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
     return f"{source}-{hash64(text):016x}"
 
 

@@ -13,7 +13,7 @@ from tunegate.data.config import DataSpec, SourceSpec
 from tunegate.data.faults import RowError
 from tunegate.data.formats import convert
 from tunegate.data.hashing import hash64, prompt_key, split_of
-from tunegate.data.readers import Limits, RawRow, read_file
+from tunegate.data.readers import Limits, RawRow
 from tunegate.data.records import KINDS, Kind, Messages, Split
 from tunegate.data.results import IngestSummary, SourceSummary, SplitCounts
 from tunegate.data.sources import open_source
@@ -161,10 +161,10 @@ class _Ingestion:
         summary = SourceSummary(kind=kind, name=source.name, uri=source.uri, files=[])
         reasons: Counter[str] = Counter()
         converted = 0
-        with open_source(source, base_dir=self.base_dir, key=f"{key}.uri") as files:
+        with open_source(source, base_dir=self.base_dir, key=f"{key}.uri", scratch=self.out) as files:
             for file in files:
                 summary.files.append(file.label)
-                for raw in read_file(file.path, label=file.label, key=f"{key}.uri", limits=self.limits):
+                for raw in file.rows(self.limits, f"{key}.uri"):
                     summary.rows_read += 1
                     self._count()
                     try:

@@ -3,63 +3,102 @@
 from __future__ import annotations
 
 import glob
-import shutil
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from urllib.parse import urlparse
 
 from tunegate.data.config import SourceSpec
-from tunegate.errors import DataError
+from tunegate.data.readers import Limits, RawRow, read_file
+from tunegate.errors import DataError, StorageError
+from tunegate.storage.manifest import sha256_file
+from tunegate.storage.s3 import split_uri
+from tunegate.storage.transfer import Bucket
 
 STARTER_PREFIX = "starter:"
+HUB_PREFIX = "hf://"
 _GLOB_CHARACTERS = frozenset("*?[")
+
+
+Reader = Callable[[Limits, str], Iterator[RawRow]]
 
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """One file of a source: where it lies now, and what it is called in reports."""
+    """One file of a source, or one split of a Hugging Face data set."""
 
-    path: Path
     label: str
+    """What it is called in reports."""
+    rows: Reader
+    """Reads it, row by row, under limits; the second argument is the spec key, for errors."""
+    size: int = 0
+    """Bytes on this machine; 0 when that is not known before it is read."""
 
 
 @contextmanager
-def open_source(source: SourceSpec, *, base_dir: Path, key: str) -> Iterator[list[SourceFile]]:
-    """The files of a source, for as long as the context lasts (S3 objects are brought to a temporary folder).
+def open_source(
+    source: SourceSpec, *, base_dir: Path, key: str, scratch: Path | None = None
+) -> Iterator[Iterable[SourceFile]]:
+    """The files of a source, for as long as the context lasts.
+
+    S3 objects are brought to this machine one after the other, each when it is its turn, and removed afterwards.
 
     Args:
         source: The source.
         base_dir: What relative paths are relative to.
         key: The spec key, for errors, e.g. `data.sft[0].uri`.
+        scratch: Where objects are brought to; None: the system's folder for temporary files.
 
     Yields:
         The files, sorted by name.
 
     Raises:
-        DataError: There is no such file, it is a folder, or a glob matches nothing or leaves its own folder.
+        DataError: There is no such file, it is a folder, a glob matches nothing or leaves its own folder, S3 refuses,
+            or a file has not the digest that the spec wants.
     """
     uri = source.uri
     with ExitStack() as stack:
         if uri.startswith(STARTER_PREFIX):
-            yield [stack.enter_context(_starter(uri, key))]
+            files: Iterable[SourceFile] = [stack.enter_context(_starter(uri, key))]
         elif uri.startswith("s3://"):
-            folder = Path(stack.enter_context(TemporaryDirectory(prefix="tunegate-source-")))
-            yield _from_s3(uri, folder, key)
+            folder = Path(stack.enter_context(TemporaryDirectory(prefix=".source-", dir=scratch)))
+            files = _from_s3(source, folder, key)
+        elif uri.startswith(HUB_PREFIX):
+            from tunegate.data.hub import open_hub
+
+            files = [SourceFile(uri, open_hub(uri, base_dir=base_dir, key=key))]
         elif "://" in uri:
             raise DataError(
-                "only files, globs, s3:// and starter: are understood",
+                "only files, globs, s3://, hf:// and starter: are understood",
                 key=key,
                 value=uri,
                 fix="download the file and give its path",
             )
         elif _GLOB_CHARACTERS & set(uri):
-            yield _from_glob(uri, base_dir, key)
+            files = _from_glob(uri, base_dir, key)
         else:
-            yield [_from_path(uri, base_dir, key)]
+            files = [_from_path(source, base_dir, key)]
+        yield files
+
+
+def _file(path: Path, label: str) -> SourceFile:
+    def rows(limits: Limits, key: str) -> Iterator[RawRow]:
+        return read_file(path, label=label, key=key, limits=limits)
+
+    return SourceFile(label, rows, path.stat().st_size)
+
+
+def _check_digest(path: Path, source: SourceSpec, key: str) -> None:
+    if source.sha256 is not None and (actual := sha256_file(path)) != source.sha256:
+        raise DataError(
+            f"the file has another content than the spec pins: its sha256 is {actual}",
+            key=key,
+            value=source.uri,
+            fix="take the file that is meant, or put its digest into the spec",
+        )
 
 
 @contextmanager
@@ -87,10 +126,11 @@ def _starter(uri: str, key: str) -> Iterator[SourceFile]:
             + ", ".join(f"starter:{n}.jsonl" for n in ("sft", "safety", "lookalike", "preferences", "evaluation")),
         )
     with resources.as_file(entry) as path:
-        yield SourceFile(path, uri)
+        yield _file(path, uri)
 
 
-def _from_path(uri: str, base_dir: Path, key: str) -> SourceFile:
+def _from_path(source: SourceSpec, base_dir: Path, key: str) -> SourceFile:
+    uri = source.uri
     path = base_dir / Path(uri).expanduser()
     if path.is_dir():
         raise DataError(
@@ -108,7 +148,8 @@ def _from_path(uri: str, base_dir: Path, key: str) -> SourceFile:
         )
     if not path.is_file():
         raise DataError("the source is not a regular file", key=key, value=uri, fix="give the path of a file")
-    return SourceFile(path, uri)
+    _check_digest(path, source, key)
+    return _file(path, uri)
 
 
 def _from_glob(uri: str, base_dir: Path, key: str) -> list[SourceFile]:
@@ -136,7 +177,7 @@ def _from_glob(uri: str, base_dir: Path, key: str) -> list[SourceFile]:
                 value=str(relative),
                 fix="name the file that is meant, or remove the link",
             )
-        files.append(SourceFile(path, relative.as_posix()))
+        files.append(_file(path, relative.as_posix()))
     if not files:
         raise DataError(
             "the glob matches no file",
@@ -147,35 +188,89 @@ def _from_glob(uri: str, base_dir: Path, key: str) -> list[SourceFile]:
     return files
 
 
-def _from_s3(uri: str, folder: Path, key: str) -> list[SourceFile]:
-    import boto3
-    from botocore.exceptions import BotoCoreError, ClientError
+def check_s3_source(source: SourceSpec, *, key: str) -> None:
+    """Check that a source on S3 is there and may be read, without reading it.
 
-    parsed = urlparse(uri)
-    bucket, name = parsed.netloc, parsed.path.lstrip("/")
-    if not bucket or not name or name.endswith("/"):
+    Raises:
+        DataError: It is not, or S3 cannot be reached.
+    """
+    with _as_data_error(source.uri, key):
+        bucket, names = _objects(source, key)
+        if bucket.head(names[0]) is None:
+            raise DataError("there is no such object", key=key, value=source.uri, fix="check bucket, key and region")
+
+
+def _from_s3(source: SourceSpec, folder: Path, key: str) -> Iterator[SourceFile]:
+    """The objects that a URI or a glob names, each fetched when its turn comes."""
+    with _as_data_error(source.uri, key):
+        bucket, names = _objects(source, key)
+        for name in names:
+            target = folder / PurePosixPath(name).name
+            bucket.download(name, target)
+            _check_digest(target, source, key)
+            yield _file(target, bucket.uri(name))
+            target.unlink(missing_ok=True)
+
+
+def _objects(source: SourceSpec, key: str) -> tuple[Bucket, list[str]]:
+    name, path = split_uri(source.uri, key=key)
+    bucket = Bucket(name)
+    if not path or source.uri.endswith("/"):
         raise DataError(
-            "an S3 source names a bucket and an object", key=key, value=uri, fix="s3://bucket/folder/file.jsonl"
+            "an S3 source names a bucket and an object, or a glob of them",
+            key=key,
+            value=source.uri,
+            fix="s3://bucket/folder/file.jsonl, or s3://bucket/folder/*.jsonl.gz",
         )
-    target = folder / PurePosixPath(name).name
+    if not _GLOB_CHARACTERS & set(path):
+        return bucket, [path]
+    names = find_objects(bucket, path)
+    if not names:
+        raise DataError(
+            "the glob matches no object", key=key, value=source.uri, fix="check the pattern; * does not match a slash"
+        )
+    return bucket, names
+
+
+@contextmanager
+def _as_data_error(uri: str, key: str) -> Iterator[None]:
     try:
-        client = boto3.client("s3")
-        with target.open("wb") as stream:
-            body = client.get_object(Bucket=bucket, Key=name)["Body"]
-            shutil.copyfileobj(body, stream, 1 << 20)
-    except ClientError as error:
-        code = error.response.get("Error", {}).get("Code", "")
-        raise DataError(
-            f"S3 said {code}",
-            key=key,
-            value=uri,
-            fix="check bucket and object, and that the credentials in use may read them",
-        ) from error
-    except BotoCoreError as error:
-        raise DataError(
-            f"S3 cannot be reached: {error}",
-            key=key,
-            value=uri,
-            fix="check AWS_ENDPOINT_URL_S3, AWS_REGION and that credentials are set in the environment",
-        ) from error
-    return [SourceFile(target, uri)]
+        yield
+    except StorageError as error:
+        raise DataError(error.reason, key=key, value=error.key or uri, fix=error.fix) from error
+
+
+def find_objects(bucket: Bucket, pattern: str) -> list[str]:
+    """The keys that a glob matches, sorted; `*` and `?` stop at a slash, `**/` stands for any folders.
+
+    Raises:
+        StorageError: The bucket cannot be listed.
+    """
+    first = min(pattern.index(character) for character in _GLOB_CHARACTERS if character in pattern)
+    expression = re.compile(glob_expression(pattern))
+    return sorted(found.key for found in bucket.objects(pattern[:first]) if expression.fullmatch(found.key))
+
+
+def glob_expression(pattern: str) -> str:
+    """A glob as a regular expression."""
+    parts = []
+    position = 0
+    while position < len(pattern):
+        rest = pattern[position:]
+        if rest.startswith("**/"):
+            parts.append("(?:[^/]+/)*")
+            position += 3
+        elif rest.startswith("*"):
+            parts.append("[^/]*")
+            position += 1
+        elif rest.startswith("?"):
+            parts.append("[^/]")
+            position += 1
+        elif match := re.match(r"\[(!?)(\]?[^\]/]*)\]", rest):
+            inside = match[2].replace("\\", r"\\").replace("^", r"\^")
+            parts.append(f"[{'^' if match[1] else ''}{inside}]")
+            position += match.end()
+        else:
+            parts.append(re.escape(rest[0]))
+            position += 1
+    return "".join(parts)

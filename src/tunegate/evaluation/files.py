@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tunegate.data.config import DataSpec, SourceSpec
-from tunegate.data.readers import Limits, read_file
+from tunegate.data.readers import Limits
 from tunegate.data.sources import open_source
 from tunegate.errors import DataError
 
@@ -34,7 +34,7 @@ def read_items(
         place = f"{key}[{number}]"
         with open_source(SourceSpec(uri=uri), base_dir=Path.cwd(), key=place) as files:
             for file in files:
-                for row in read_file(file.path, label=file.label, key=place, limits=limits):
+                for row in file.rows(limits, place):
                     try:
                         if row.fault is not None:
                             raise ValueError(str(row.fault))

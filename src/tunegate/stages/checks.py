@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tunegate.config import TuneSpec
 from tunegate.data.config import SourceSpec
-from tunegate.errors import DataError, ModelError, SpecError, StorageError, TunegateError
+from tunegate.errors import ModelError, SpecError, StorageError, TunegateError
 from tunegate.storage.runs import RunStore
 from tunegate.training.config import BUNDLED_MODEL, TINY_MODEL
 
@@ -68,21 +68,23 @@ def check_environment(spec: TuneSpec, run: RunStore, *, needed: Sequence[str] = 
 
 
 def check_services(spec: TuneSpec) -> None:
-    """Check from inside a cluster what `tunegate cluster doctor` checks from outside: S3 and MLflow.
+    """Check from inside a cluster what `tunegate cluster doctor` checks from outside: S3, MLflow, several nodes.
 
     Stages of a cluster share no disk, so unlike on one machine neither can be away when a run begins: what MLflow
     cannot take then would be lost with the pod.
 
     Raises:
         SpecError: No MLflow server is named.
-        StorageError: S3 or MLflow does not do what a run needs; all findings in one message.
+        StorageError: S3, MLflow or Kubeflow Trainer does not do what a run needs; all findings in one message.
     """
+    from tunegate.stages.nodes import check_nodes
     from tunegate.storage.probe import probe_s3
     from tunegate.tracking.probe import probe_mlflow
     from tunegate.tracking.uri import resolve_tracking_uri
 
     uri = resolve_tracking_uri(spec.tracking, spec.storage.root)
-    failed = [finding for finding in (probe_s3(spec.storage.root), probe_mlflow(uri)) if finding.level == "failure"]
+    findings = [probe_s3(spec.storage.root), probe_mlflow(uri), *check_nodes()]
+    failed = [finding for finding in findings if finding.level == "failure"]
     if failed:
         raise StorageError("the cluster is not ready for a run:\n  - " + "\n  - ".join(map(str, failed)))
 
@@ -133,14 +135,10 @@ def _named_sources(spec: TuneSpec) -> Iterator[tuple[str, SourceSpec]]:
 
 
 def _check_source(source: SourceSpec, key: str) -> None:
-    from tunegate.data.sources import open_source
+    from tunegate.data.sources import check_s3_source, open_source
 
     if source.uri.startswith("s3://"):
-        root, _, name = source.uri.rpartition("/")
-        from tunegate.storage.stores import S3Store
-
-        if not any(found == name for found in S3Store(root).keys(name)):
-            raise DataError("there is no such object", key=key, value=source.uri, fix="check bucket, key and region")
+        check_s3_source(source, key=key)
         return
     with open_source(source, base_dir=Path.cwd(), key=key):
         pass

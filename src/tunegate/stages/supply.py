@@ -12,7 +12,7 @@ from tunegate.data.config import SourceSpec
 from tunegate.data.faults import RowError
 from tunegate.data.formats import convert
 from tunegate.data.hashing import split_of
-from tunegate.data.readers import Limits, read_file
+from tunegate.data.readers import Limits
 from tunegate.data.sources import open_source
 from tunegate.errors import TunegateError
 from tunegate.gates.power import Supply, contradictions
@@ -76,14 +76,15 @@ def _count(spec: TuneSpec, kind: _Counted, sources: Sequence[SourceSpec]) -> Cou
 
 def _rows(spec: TuneSpec, kind: _Counted, source: SourceSpec) -> Iterator[dict[str, Any]]:
     """The rows of a source that can be understood."""
-    if source.uri.startswith("s3://"):
-        raise TunegateError("sources on S3 are not read for a count", key=source.uri)
+    if source.uri.startswith(("s3://", "hf://")):
+        raise TunegateError("sources elsewhere are not read for a count", key=source.uri)
     limits = Limits(spec.data.max_line_bytes, spec.data.max_decompression_ratio)
-    with open_source(source, base_dir=Path.cwd(), key=f"data.{kind}") as files:
-        if sum(file.path.stat().st_size for file in files) > _COUNTED_BYTES:
+    with open_source(source, base_dir=Path.cwd(), key=f"data.{kind}") as opened:
+        files = list(opened)
+        if sum(file.size for file in files) > _COUNTED_BYTES:
             raise TunegateError("the source is too large to be read for a count", key=source.uri)
         for file in files:
-            for raw in read_file(file.path, label=file.label, key=f"data.{kind}", limits=limits):
+            for raw in file.rows(limits, f"data.{kind}"):
                 if raw.fault is not None:
                     continue
                 try:

@@ -223,7 +223,7 @@ class _Sketches:
         out = np.zeros(len(rows), dtype=bool) if exclude is None else np.isin(rows, exclude)
         near: dict[int, tuple[int, float]] = {}
         different: npt.NDArray[np.uint64] = np.empty(0, np.uint64)
-        shingles = lru_cache(maxsize=4096)(lambda item: [shingle_set(text) for text in self._texts[item]])
+        shingles = lru_cache(maxsize=256)(lambda item: [shingle_set(text) for text in self._texts[item]])
         for values, begin in (group for band in self._bands for group in band.groups()):
             pairs = _candidates(values["item"], begin, out)
             codes = (pairs[:, 1] * len(rows) + pairs[:, 0]).astype(np.uint64)
