@@ -43,7 +43,7 @@ def preflight(
         spec: The resolved spec, read by every later stage.
         run_id: Id of the run; empty takes Kubeflow's id of the pipeline run.
         job_id: Kubeflow's id of the pipeline run.
-        storage_root: Folder or s3:// prefix for records and artifacts; empty puts them below the pipeline root.
+        storage_root: Folder or s3:// prefix for records and artifacts; empty takes TUNEGATE_S3_ROOT of the pods.
         pipeline_root: Kubeflow's pipeline root.
         profile: Profile to start from: smoke or demo.
         spec_uri: Path or s3:// URI of a run spec.

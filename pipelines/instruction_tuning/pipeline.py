@@ -71,7 +71,7 @@ def instruction_tuning(
         registry_promote: Whether to move the champion alias when the verdict is PROMOTE.
         tracking_uri: MLflow tracking URI.
         tracking_experiment: MLflow experiment.
-        storage_root: Folder or s3:// prefix for records and artifacts; empty puts them below the pipeline root.
+        storage_root: Folder or s3:// prefix for records and artifacts; empty takes TUNEGATE_S3_ROOT of the pods.
         run_id: Id of the run; empty takes Kubeflow's id of the pipeline run.
     """
     closing = finish(

@@ -16,6 +16,7 @@ from tunegate.section import Section
 StageName = Literal[
     "preflight",
     "ingest",
+    "fetch",
     "validate",
     "sft",
     "guard",

@@ -29,6 +29,7 @@ class FakeKubernetes:
     def __init__(self):
         self.jobs, self.pods, self.logs = {}, [], {}
         self.runtimes = {"tunegate-torch"}
+        self.denied = set()
         self.requests, self.faults = [], deque()
         self.script = deque()
         """Each time a TrainJob is looked at, the next step (a function of it) is applied before."""
@@ -256,6 +257,15 @@ class _Handler(BaseHTTPRequestHandler):
             return self.status(404, "NotFound", f'trainingruntimes.trainer.kubeflow.org "{name}" not found')
         return self._send(200, {"kind": "TrainingRuntime", "metadata": {"name": name}})
 
+    def access_review(self):
+        review = json.loads(self.body)
+        attributes = review["spec"]["resourceAttributes"]
+        asked = (
+            attributes["verb"] + " " + "/".join(filter(None, [attributes["resource"], attributes.get("subresource")]))
+        )
+        review["status"] = {"allowed": asked not in self.fake.denied}
+        self._send(201, review)
+
     def list_pods(self):
         key, value = self.query["labelSelector"].split("=")
         items = [pod for pod in self.fake.pods if pod["metadata"]["labels"].get(key) == value]
@@ -273,6 +283,7 @@ _ROUTES = [
     ("GET", f"{_JOBS}/([^/]+)", _Handler.look),
     ("DELETE", f"{_JOBS}/([^/]+)", _Handler.delete),
     ("GET", f"{_RUNTIMES}/([^/]+)", _Handler.runtime),
+    ("POST", "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", _Handler.access_review),
     ("GET", _PODS, _Handler.list_pods),
     ("GET", f"{_PODS}/([^/]+)/log", _Handler.log),
 ]

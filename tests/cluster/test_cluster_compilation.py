@@ -220,7 +220,7 @@ def test_a_stage_on_several_nodes_asks_for_them_from_a_small_pod():
         name: [e.value for e in container.env if e.name == "TUNEGATE_TRAINJOB"]
         for name, (container, _) in executors(spread).items()
     }
-    assert {name for name, values in told.items() if values} == {"sft", "finish"}
+    assert {name for name, values in told.items() if values} == {"preflight", "sft", "finish"}
     assert ResourcesSpec.model_validate_json(told["sft"][0]).of("sft") == ResourcesSpec.model_validate(content).of(
         "sft"
     )

@@ -11,9 +11,10 @@ from tunegate.cluster.errors import ClusterError
 from tunegate.cluster.probes import probe_image
 from tunegate.errors import TunegateError
 from tunegate.finding import Finding
-from tunegate.resources import TRAINER_GROUP, ResourcesSpec, StageName
+from tunegate.resources import ResourcesSpec, StageName
 from tunegate.storage.probe import probe_s3
 from tunegate.tracking.probe import probe_mlflow
+from tunegate.trainjob.client import PERMISSIONS
 
 if TYPE_CHECKING:
     from tunegate.cluster.compilation import CompiledPipeline
@@ -45,13 +46,9 @@ _POD_PERMISSIONS = (
     _Permission("get", "configmaps", "Kubeflow's driver and launcher look up the bucket", name=_LAUNCHER),
 )
 #: What a stage on several nodes does besides.
-_TRAINER_PERMISSIONS = (
-    _Permission("create", "trainjobs", "a stage on several nodes submits a TrainJob", TRAINER_GROUP),
-    _Permission("get", "trainjobs", "it follows it", TRAINER_GROUP),
-    _Permission("list", "trainjobs", "the exit handler finds those of its run", TRAINER_GROUP),
-    _Permission("delete", "trainjobs", "the exit handler deletes them", TRAINER_GROUP),
-    _Permission("list", "pods", "a node that failed is found"),
-    _Permission("get", "pods/log", "its last lines are brought back"),
+_TRAINER_PERMISSIONS = tuple(
+    _Permission(verb, resource, "a stage on several nodes follows its TrainJob", group)
+    for verb, resource, group in PERMISSIONS
 )
 # Display names of tasks, which the pipelines use, break the lookup of inputs in older backends
 # (kubeflow/pipelines issue 11173).

@@ -16,7 +16,7 @@ from tunegate.trainjob.objects import (
 )
 
 #: Tasks whose name in the pipeline is not that of their stage.
-_STAGES = {"validate-data": "validate", "reward-model": "reward"}
+_STAGES = {"validate-data": "validate", "reward-model": "reward", "fetch-model": "fetch"}
 
 
 def stage_of(task_name: str) -> StageName | None:
@@ -72,7 +72,7 @@ def apply_resources(tasks: Mapping[str, Any], spec: ResourcesSpec, parameters: M
         _metadata(task, spec, stage or name, queued=stage in TRAINING_STAGES and not distributed)
         if spec.image:
             task.set_container_image(spec.image)
-        if distributed or (stage == "finish" and spec.distributed):
+        if distributed or (spec.distributed and stage in {"preflight", "finish"}):
             task.set_env_variable(VARIABLE, _for_trainjobs(spec, task))
 
 

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 from tunegate.config import TuneSpec
 from tunegate.errors import SpecError, TrainingStoppedError, TunegateError
+from tunegate.finding import Finding
 from tunegate.resources import ResourcesSpec, StageName
 from tunegate.stages.context import Outcome, Output, StageContext, fetch_artifact
 from tunegate.storage.manifest import digest_json
@@ -110,6 +111,22 @@ def resources_for_nodes() -> ResourcesSpec | None:
     """The `resources` section of this pod's TrainJobs, None where there are none."""
     text = os.environ.get(VARIABLE, "")
     return ResourcesSpec.model_validate_json(text) if text else None
+
+
+def check_nodes() -> list[Finding]:
+    """Whether stages that ask for several nodes will get them: the runtime is there, and the permissions."""
+    resources = resources_for_nodes()
+    if resources is None or not resources.distributed:
+        return []
+    from tunegate.trainjob.client import TrainJobs
+
+    try:
+        jobs = TrainJobs.open()
+        jobs.check_runtime(resources.trainer.runtime, resources.trainer.kind)
+        jobs.check_permissions()
+    except TunegateError as error:
+        return [Finding("Trainer", "failure", f"{error.key}: {error.reason}", error.fix or "")]
+    return [Finding("Trainer", "ok", f"{', '.join(resources.distributed)} may run on several nodes")]
 
 
 def _on_nodes(

@@ -17,6 +17,15 @@ from tunegate.resources import TRAINER_GROUP, TRAINER_VERSION
 from tunegate.trainjob.errors import TrainJobConflictError, TrainJobError, TrainJobMissingError, TrainJobRefusedError
 from tunegate.trainjob.objects import NODE, RUN_LABEL, run_label
 
+#: What a stage on several nodes, and the exit handler after it, do: verb, resource, API group.
+PERMISSIONS = (
+    ("create", "trainjobs", TRAINER_GROUP),
+    ("get", "trainjobs", TRAINER_GROUP),
+    ("list", "trainjobs", TRAINER_GROUP),
+    ("delete", "trainjobs", TRAINER_GROUP),
+    ("list", "pods", ""),
+    ("get", "pods/log", ""),
+)
 # JobSet, which a TrainJob becomes, has its name, and puts it on its pods.
 _JOBSET_LABEL = "jobset.sigs.k8s.io/jobset-name"
 _INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
@@ -45,6 +54,7 @@ class TrainJobs:
         self._pause = pause
         self._custom = client.CustomObjectsApi(api)
         self._core = client.CoreV1Api(api)
+        self._authorization = client.AuthorizationV1Api(api)
 
     @classmethod
     def open(cls) -> TrainJobs:
@@ -99,6 +109,33 @@ class TrainJobs:
                 fix="install Kubeflow Trainer 2.2 or newer, and the runtime with it: the chart's trainer.enabled, or "
                 "manifests/addons/trainer",
             ) from None
+
+    def check_permissions(self) -> None:
+        """Check that this service account may do what a stage on several nodes does.
+
+        Raises:
+            TrainJobRefusedError: It may not; everything that is missing is named.
+        """
+        from kubernetes import client
+
+        missing = []
+        for verb, resource, group in PERMISSIONS:
+            resource, _, subresource = resource.partition("/")
+            attributes = client.V1ResourceAttributes(
+                namespace=self.namespace, verb=verb, resource=resource, group=group, subresource=subresource or None
+            )
+            review = client.V1SelfSubjectAccessReview(
+                spec=client.V1SelfSubjectAccessReviewSpec(resource_attributes=attributes)
+            )
+            answer = self._call("ask for permissions", self._authorization.create_self_subject_access_review, review)
+            if not answer.status.allowed:
+                missing.append(f"{verb} {resource}{'/' if subresource else ''}{subresource}")
+        if missing:
+            raise TrainJobRefusedError(
+                f"the run's service account may not {', '.join(missing)}",
+                key=f"TrainJob in {self.namespace}",
+                fix="install the chart with trainer.enabled=true and start the run with its service account",
+            )
 
     def find(self, name: str) -> dict[str, Any] | None:
         """A TrainJob, None when there is none."""
