@@ -157,6 +157,17 @@ def test_wait_in_words(kubeflow):
     assert call("wait", run.run_id) == (4, "succeeded: REJECT\n")
 
 
+def test_a_registered_model_can_be_evaluated(kubeflow):
+    options = ("--pipeline", "evaluation", "-p", "model=assistant@3", "--profile", "smoke")
+    started = said("run", *options, "--json")
+    (run,) = kubeflow.runs.values()
+    assert run.run_id == started["run_id"]
+    assert run.runtime_config.parameters == {"storage_root": ROOT, "profile": "smoke", "model": "assistant@3"}
+    (pipeline,) = kubeflow.pipelines.values()
+    assert pipeline.name == "evaluation"
+    assert call("run", "--pipeline", "evaluation")[0] == 0, "by default the champion"
+
+
 def test_uploaded_version_can_be_run_as_it_is(kubeflow):
     (uploaded,) = said("upload", "-p", "ppo_steps=9", "--json")
     assert uploaded["created"] and uploaded["link"].endswith(uploaded["version_id"])
@@ -193,7 +204,8 @@ def test_compile_writes_ir_and_kubernetes_resources(kubeflow, tmp_path):
 
 def test_what_pods_cannot_see_is_refused_before_anything_is_started(kubeflow, spec):
     spec.write_text(spec.read_text().replace("s3://data/sft.jsonl", "data/sft.jsonl").replace("tiny-random", "./model"))
-    with pytest.raises(SpecError, match=r"(?s)data\.sft\[0\]\.uri.*model\.source.*copy the data to S3"):
+    spec.write_text(spec.read_text() + "evaluation: {capability: {task_files: [own/tasks.jsonl]}}\n")
+    with pytest.raises(SpecError, match=r"(?s)data\.sft\[0\]\.uri.*task_files.*model\.source.*copy the data to S3"):
         call("run", spec)
     assert not kubeflow.runs
 

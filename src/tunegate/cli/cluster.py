@@ -254,7 +254,8 @@ def _prepare(
     from tunegate.config import load_spec
 
     given = parse_parameters(parameters or [])
-    if spec_file is None and profile is None and not given.keys() & {"spec_uri", "profile", "overrides"}:
+    named = spec_file or profile or given.keys() & {"spec_uri", "profile", "overrides"}
+    if pipeline == DEFAULT_PIPELINE and not named:  # the evaluation of a registered model takes all from its run
         raise SpecError("there is nothing to run", key="SPEC", fix="give a spec file, --profile, or -p spec_uri=s3://…")
     spec = None
     if spec_file or profile or assignments:

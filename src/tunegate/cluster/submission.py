@@ -47,6 +47,13 @@ def check_reachable(spec: TuneSpec) -> None:
         for number, source in enumerate(getattr(spec.data, kind)):
             if source.uri.startswith("/"):
                 findings.append(f"data.{kind}[{number}].uri: {source.uri}")
+    bias, capability = spec.evaluation.bias, spec.evaluation.capability
+    files = {
+        "evaluation.bias.questions": bias.questions,
+        "evaluation.bias.template_files": bias.template_files,
+        "evaluation.capability.task_files": capability.task_files,
+    }
+    findings += [f"{key}: {uri}" for key, uris in files.items() for uri in uris if uri.startswith("/")]
     if spec.model.source.startswith("/"):
         findings.append(f"model.source: {spec.model.source}")
     if spec.tracking.uri and spec.tracking.uri.startswith("sqlite:"):
