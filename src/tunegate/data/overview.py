@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
 from tunegate.data.records import KINDS, Kind
 from tunegate.data.tables import parquet_path
 from tunegate.errors import DataError
+
+if TYPE_CHECKING:
+    import polars as pl
 
 
 class SourceStats(BaseModel):
@@ -88,7 +91,7 @@ def dataset_stats(dataset: Path) -> list[SourceStats]:
     return stats
 
 
-def sample_rows(dataset: Path, kind: Kind, n: int, seed: int = 0) -> list[dict[str, Any]]:
+def sample_rows(dataset: Path, kind: Kind, n: int, seed: int = 0, *, source: str | None = None) -> list[dict[str, Any]]:
     """A few rows of a kind, drawn evenly.
 
     Args:
@@ -96,19 +99,66 @@ def sample_rows(dataset: Path, kind: Kind, n: int, seed: int = 0) -> list[dict[s
         kind: Which records.
         n: At most so many.
         seed: Of the draw.
+        source: Only rows of this source; None: of all.
 
     Returns:
         The rows as they lie in the file, in its order.
 
     Raises:
-        DataError: The folder is no dataset.
+        DataError: The folder is no dataset, or has no row of this source.
     """
     import polars as pl
 
-    frame = pl.scan_parquet(_existing(dataset, kind)).with_row_index("row")
+    rows = pl.scan_parquet(_existing(dataset, kind))
+    if source is not None:
+        rows = rows.filter(pl.col("source") == source)
+        if rows.select(pl.len()).collect().item() == 0:
+            raise DataError(f"there is no {kind} row of this source", key="--source", value=source)
+    return _sample(rows, n, seed)
+
+
+def sample_quarantine(
+    file: Path, n: int, *, source: str | None = None, reason: str | None = None, seed: int = 0
+) -> list[dict[str, Any]]:
+    """A few rows of a `quarantine.parquet`, drawn evenly.
+
+    Args:
+        file: The file.
+        n: At most so many.
+        source: Only rows of this source; None: of all.
+        reason: Only rows that this check, or this code, put there; None: all.
+        seed: Of the draw.
+
+    Returns:
+        The rows with their reasons, in the order of the file.
+
+    Raises:
+        DataError: There is no such file, or it is none that `mix` or `validate` wrote.
+    """
+    import polars as pl
+
+    try:
+        rows = pl.scan_parquet(file)
+        names = set(rows.collect_schema().names())
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise DataError(f"the file cannot be read: {str(error)[:200]}", key=str(file), fix="check the path") from error
+    if source is not None and "source" in names:
+        rows = rows.filter(pl.col("source") == source)
+    if reason is not None:
+        if "reasons" not in names:
+            raise DataError("the file is no quarantine: it has no reasons", key=str(file), fix="leave --reason out")
+        of_reason = pl.element().struct.field("check").eq(reason) | pl.element().struct.field("code").eq(reason)
+        rows = rows.filter(pl.col("reasons").list.eval(of_reason).list.any())
+    return _sample(rows, n, seed)
+
+
+def _sample(rows: pl.LazyFrame, n: int, seed: int) -> list[dict[str, Any]]:
+    import polars as pl
+
+    frame = rows.with_row_index("place")
     total = int(frame.select(pl.len()).collect().item())
     chosen = pl.int_range(total, eager=True).sample(min(n, total), seed=seed).sort()
-    return frame.filter(pl.col("row").is_in(chosen.implode())).drop("row").collect().to_dicts()
+    return frame.filter(pl.col("place").is_in(chosen.implode())).drop("place").collect().to_dicts()
 
 
 def _existing(dataset: Path, kind: Kind) -> Path:

@@ -1,70 +1,131 @@
-"""`python -m tunegate.data`, and what it shows."""
+"""`tunegate data mix|validate|stats|inspect`, and what they show."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from data_helpers import GOOD, jsonl, run_ingest
+from typer.testing import CliRunner
 
-from tunegate.data.__main__ import main
+from tunegate.cli import data as _  # noqa: F401  (registers its commands)
+from tunegate.cli.app import app
 from tunegate.data.overview import dataset_stats, sample_rows
-from tunegate.errors import DataError
+from tunegate.errors import DataError, SpecError, TunegateError
 
 
 @pytest.fixture
 def spec(tmp_path: Path) -> Path:
     rows = [{"prompt": f"What is {n} squared?", "response": f"It is {n * n}."} for n in range(10, 50)]
     (tmp_path / "s.jsonl").write_bytes(jsonl(rows))
+    (tmp_path / "t.jsonl").write_bytes(
+        jsonl([{"prompt": f"What is {n} cubed?", "response": f"It is {n**3}."} for n in range(4)]) + b"{oops\n"
+    )
     path = tmp_path / "spec.yaml"
-    path.write_text("data:\n  sft: [s.jsonl]\n  checks:\n    near_duplicates: {enabled: false}\n")
+    path.write_text("data:\n  sft: [s.jsonl, t.jsonl]\n  checks:\n    near_duplicates: {enabled: false}\n")
     return path
 
 
-def test_check_ingests_and_validates(spec: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["check", str(spec), "--out", str(tmp_path / "out")]) == 0
-    shown = capsys.readouterr().out
-    assert "Verdict: PROMOTE" in shown and "structure" in shown
+def call(*arguments: Any, code: int = 0) -> str:
+    result = CliRunner().invoke(app, ["data", *map(str, arguments)], env={"COLUMNS": "200"})
+    if isinstance(result.exception, TunegateError):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result.stdout
+
+
+def test_mix_writes_a_dataset_and_says_what_each_source_gives(spec: Path, tmp_path: Path) -> None:
+    settings = ("--set", "data.mixture.strategy=fixed", "--set", "data.mixture.total=20")
+    shown = call("mix", spec, *settings, "--out", tmp_path / "raw")
+    assert "not_json 1" in shown and "prompts:" in shown
+    summary = json.loads(call("mix", spec, *settings, "--out", tmp_path / "raw", "--json"))
+    sources = {source["name"]: source for source in summary["sources"]}
+    assert sources["t"]["quarantined"] == 1
+    seen = sum(s["epochs"] * s["records"]["train"] for s in sources.values())
+    assert seen == pytest.approx(20) and sources["t"]["epochs"] > sources["s"]["epochs"]
+    assert {s.source: s.seen for s in dataset_stats(tmp_path / "raw") if s.kind == "sft"} == {
+        name: round(s["epochs"] * s["records"]["train"]) for name, s in sources.items()
+    }
+
+
+def test_validate_mixes_and_checks(spec: Path, tmp_path: Path) -> None:
+    shown = call("validate", spec, "--out", tmp_path / "out")
+    assert "PROMOTE: training may start" in shown and "structure" in shown
     assert (tmp_path / "out" / "clean" / "sft.parquet").is_file()
     assert (tmp_path / "out" / "report.html").is_file()
 
 
-def test_the_exit_code_of_an_invalid_dataset_is_three(
-    spec: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["ingest", str(spec), "--out", str(tmp_path / "raw")]) == 0
-    strict = tmp_path / "strict.yaml"
-    strict.write_text("checks: {near_duplicates: {enabled: false}, enough: {min_rows: {sft: 1000}}}\n")
-    code = main(["validate", str(tmp_path / "raw"), "--spec", str(strict), "--out", str(tmp_path / "out")])
-    assert code == 5
-    assert "enough: 40 sft rows are left, at least 1000 are wanted" in capsys.readouterr().out
+def test_a_dataset_can_be_checked_by_other_rules_and_five_says_invalid(spec: Path, tmp_path: Path) -> None:
+    call("mix", spec, "--out", tmp_path / "raw")
+    rules = ("--set", "data.checks.near_duplicates.enabled=false", "--set", "data.checks.enough.min_rows={sft: 1000}")
+    shown = call("validate", "--dataset", tmp_path / "raw", *rules, "--out", tmp_path / "out", code=5)
+    assert "enough: 44 sft rows are left, at least 1000 are wanted" in shown
+    report = json.loads(
+        call("validate", "--dataset", tmp_path / "raw", *rules, "--out", tmp_path / "out", "--json", code=5)
+    )
+    assert report["verdict"] == "INVALID" and report["rows"]["sft"]["rows_in"] == 44
+
+
+def test_validate_counts_tokens_when_it_is_given_a_tokenizer(spec: Path, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    (tmp_path / "model").mkdir()
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "model" / "tokenizer.json"))
+    options = ("--tokenizer", tmp_path / "model", "--out", tmp_path / "out", "--json")
+    report = json.loads(call("validate", spec, *options))
+    lengths = next(check for check in report["checks"] if check["check"] == "lengths")
+    assert lengths["verdict"] == "pass" and lengths["figures"]["longest sft response"] == 4
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "message", "error"),
     [
-        ("sft: [missing.jsonl]", "no such file"),
-        ("sfft: []", "Extra inputs"),
-        ("sft: [", "the spec is wrong"),
-        ("5", "wrong"),
+        ("data: {sft: [missing.jsonl]}", "no such file", DataError),
+        ("data: {sfft: []}", "unknown key", SpecError),
+        ("data: [", "YAML", SpecError),
+        ("5", "mapping", SpecError),
     ],
 )
-def test_a_mistake_is_one_line_on_stderr(
-    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_mistake_is_one_error_with_its_key(
+    text: str, message: str, error: type[TunegateError], tmp_path: Path
 ) -> None:
     (tmp_path / "spec.yaml").write_text(text)
-    assert main(["check", str(tmp_path / "spec.yaml"), "--out", str(tmp_path / "out")]) == 2
-    assert message in capsys.readouterr().err
+    with pytest.raises(error, match=message) as caught:
+        call("validate", tmp_path / "spec.yaml", "--out", tmp_path / "out")
+    assert caught.value.key and caught.value.exit_code == 2
 
 
-def test_stats_and_inspect_show_what_is_there(spec: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["ingest", str(spec), "--out", str(tmp_path / "raw")])
-    capsys.readouterr()
-    assert main(["stats", str(tmp_path / "raw")]) == 0
-    assert "sft" in capsys.readouterr().out
-    assert main(["inspect", str(tmp_path / "raw"), "-n", "1"]) == 0
-    assert json.loads(capsys.readouterr().out)["messages"][0]["role"] == "user"
-    assert main(["inspect", str(tmp_path / "raw" / "sft.parquet"), "-n", "1"]) == 0
-    assert main(["stats", str(tmp_path)]) == 2
+def test_stats_and_inspect_show_what_is_there(spec: Path, tmp_path: Path) -> None:
+    call("mix", spec, "--out", tmp_path / "raw")
+    assert "sft" in call("stats", tmp_path / "raw")
+    stats = json.loads(call("stats", tmp_path / "raw", "--json"))
+    assert {(s["kind"], s["source"]): s["rows"] for s in stats if s["kind"] == "sft"} == {
+        ("sft", "s"): 40,
+        ("sft", "t"): 4,
+    }
+    rows = [json.loads(line) for line in call("inspect", tmp_path / "raw", "--source", "t", "-n", 9).splitlines()]
+    assert [row["source"] for row in rows] == ["t"] * 4
+    bad = [json.loads(line) for line in call("inspect", tmp_path / "raw" / "quarantine.parquet").splitlines()]
+    assert [row["line"] for row in bad] == [5]
+    file = tmp_path / "raw" / "quarantine.parquet"
+    assert call("inspect", file, "--reason", "not_json") and not call("inspect", file, "--reason", "toxic")
+    assert len(call("inspect", tmp_path / "raw" / "sft.parquet", "-n", 2).splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("stats", "{}"), r"no sft\.parquet"),
+        (("inspect", "{}"), r"no sft\.parquet"),
+        (("inspect", "{}", "--kind", "chats"), "no such kind"),
+        (("inspect", "{}/none.parquet"), "cannot be read"),
+    ],
+)
+def test_what_is_no_dataset_is_named(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    with pytest.raises(TunegateError, match=message):
+        call(*(argument.format(tmp_path) for argument in arguments))
 
 
 def test_stats_count_by_kind_and_source(tmp_path: Path) -> None:
