@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
@@ -115,7 +115,10 @@ def promote(
         line = [v for v in desk.ledger.reign() if v != again.number]
         before = line[-1] if line else None
         _move(desk, "promote", again, before, who=who, why=why)
-        session.untag_version(again, names.TAG_ROLLED_BACK)
+        # The promotion is complete and in the history; these tags only tell people who look at the version's page.
+        with suppress(RegistryError):
+            session.tag_version(again, names.TAG_PROMOTED, to_tag({"who": who, "when": now(), "why": why}))
+            session.untag_version(again, names.TAG_ROLLED_BACK)
         return _promotion(session, again, before, who=who, why=why, changed=True, verdict=decision.verdict)
 
 

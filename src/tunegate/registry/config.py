@@ -20,6 +20,10 @@ class RegistrySpec(Section):
     """Move the alias `champion` to the new version when the gates say PROMOTE. False registers only; a person then
     runs `tunegate promote`."""
 
+    license: str | None = Field(default=None, min_length=1, max_length=200)
+    """Licence under which the model may be used (an SPDX identifier such as `apache-2.0`, or a name), for the model
+    card; unset: that of the base model where it is known."""
+
     approvals: int = Field(default=0, ge=0, le=10)
     """How many different persons must approve a version before it can be promoted (`tunegate registry approve`).
     With 1 or more, a version whose verdict is HOLD can be promoted too: the approvals are the decision."""

@@ -28,6 +28,13 @@ class GateFacts(BaseModel):
 
     name: str
     verdict: str
+    title: str = ""
+    estimate: float | None = None
+    low: float | None = None
+    high: float | None = None
+    limit: float | None = None
+    unit: str = "plain"
+    n: int | None = None
 
 
 class DecisionFacts(BaseModel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,8 @@ def model_card(facts: Mapping[str, Any]) -> str:
             - `training`: a list of mappings, one a stage: `stage`, `method`, `figures` (a mapping of numbers),
               `settings` (a mapping).
             - `evaluation`: a list of mappings, one a measure: `name`, `estimate`, `low`, `high`, `n`, `limit`,
-              `verdict`, `reason`; `low` and `high` are the ends of the interval at `confidence`.
+              `unit`, `verdict`, `reason`; `low` and `high` are the ends of the interval at `confidence`.
+            - `measures`: the same without limit and verdict, for everything that was measured.
             - `confidence`: level of the intervals, e.g. 0.95.
             - `limits`: a list of sentences on what the model is not good for.
             - `lineage`: a mapping of role to digest.
@@ -103,18 +105,19 @@ def _evaluation(facts: Mapping[str, Any]) -> str:
     level = facts.get("confidence")
     head = f"Intervals at {100 * float(level):g}% confidence.\n\n" if level else ""
     rows = (
-        [
-            _cell(m.get("name")),
-            _number(m.get("estimate")),
-            _interval(m),
-            _cell(m.get("n")),
-            _cell(m.get("limit")),
-            _cell(m.get("verdict")),
-            _cell(m.get("reason")),
-        ]
+        [*_measure(m), _number(m.get("limit"), unit=m.get("unit")), _cell(m.get("verdict")), _cell(m.get("reason"))]
         for m in measures
     )
-    return head + _table(("Measure", "Estimate", "Interval", "n", "Limit", "Verdict", "Reason"), rows)
+    gates = _table(("Measure", "Estimate", "Interval", "n", "Limit", "Verdict", "Reason"), rows)
+    everything = facts.get("measures") or []
+    if not everything:
+        return head + gates
+    rest = _table(("Measure", "Estimate", "Interval", "n"), (_measure(m) for m in everything))
+    return f"{head}{gates}\n\n### Everything that was measured\n\n{rest}"
+
+
+def _measure(m: Mapping[str, Any]) -> list[str]:
+    return [_cell(m.get("name")), _number(m.get("estimate"), unit=m.get("unit")), _interval(m), _cell(m.get("n"))]
 
 
 def _limits(limits: Sequence[str]) -> str:
@@ -159,11 +162,17 @@ def _interval(measure: Mapping[str, Any]) -> str:
     low, high = measure.get("low"), measure.get("high")
     if low is None and high is None:
         return "–"
-    return f"{_number(low, '−∞')} to {_number(high, '∞')}"
+    unit = measure.get("unit")
+    return f"{_number(low, '−∞', unit=unit)} to {_number(high, '∞', unit=unit)}"
 
 
-def _number(value: Any, missing: str = "–") -> str:
-    return missing if value is None else f"{float(value):.4g}"
+def _number(value: Any, missing: str = "–", *, unit: Any = None) -> str:
+    if value is None:
+        return missing
+    number = float(value)
+    if math.isinf(number):
+        return "∞" if number > 0 else "−∞"
+    return f"{100 * number:.1f}%" if unit == "share" else f"{number:.4g}"
 
 
 def _cell(value: Any) -> str:

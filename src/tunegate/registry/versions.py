@@ -15,14 +15,13 @@ from pydantic import BaseModel, ConfigDict
 from tunegate.errors import GateError, RegistryError
 from tunegate.registry import names
 from tunegate.registry.config import RegistrySpec
+from tunegate.registry.description import describe
 from tunegate.registry.evidence import DecisionFacts, digest_bytes, file_of, model_problems, parse_decision
 from tunegate.registry.session import Session, Version
 from tunegate.storage.manifest import Manifest, digest_files, list_files, verify
 from tunegate.tracking.apply import entity_key
 from tunegate.tracking.client import ensure_experiment, error_code, patience
 from tunegate.tracking.uri import local_artifact_location
-
-_DESCRIPTION_CHARS = 4900  # MLflow's column takes 5,000
 
 
 class Registered(BaseModel):
@@ -54,6 +53,7 @@ def register(
     params: Mapping[str, str] | None = None,
     metrics: Mapping[str, float] | None = None,
     experiment: str = "tunegate",
+    report_run_id: str | None = None,
 ) -> Registered:
     """Register a model with the evidence for it and give the version the alias `candidate`.
 
@@ -76,6 +76,7 @@ def register(
         metrics: Figures shown on the logged model's page; MLflow keeps them with the run, so without one they are
             left out.
         experiment: The experiment to use when there is no MLflow run.
+        report_run_id: The MLflow run that gets the report of the pipeline run; the version's page links there.
 
     Raises:
         StorageError: The model's files do not match its manifest.
@@ -94,6 +95,7 @@ def register(
         _place_candidate(session, spec.model_name)
         return _registered(existing, existed=True)
     source_run = _known_run(session, mlflow_run_id)
+    report_run = _known_run(session, report_run_id)
     with session.talking(f"register {spec.model_name}"):
         experiment_id = (
             source_run[1] if source_run else ensure_experiment(session.client, experiment, local_artifact_location(uri))
@@ -124,7 +126,13 @@ def register(
             source=f"models:/{model_id}",
             run_id=source_run[0] if source_run else None,
             tags=tags,
-            description=_describe(facts, model_card),
+            description=describe(
+                facts,
+                model_card,
+                experiment_id=experiment_id,
+                model_id=model_id,
+                report_run_id=None if report_run is None else report_run[0],
+            ),
             model_id=model_id,
             await_creation_for=0,  # both kinds of store have made it when they answer
         )
@@ -356,15 +364,6 @@ def _log_on_run(session: Session, run_id: str, model_id: str, metrics: Mapping[s
     ]
     if figures:
         session.client.log_batch(run_id, metrics=figures[:1000], synchronous=True)
-
-
-def _describe(facts: DecisionFacts, model_card: str) -> str:
-    """The version's description: the verdict first (MLflow's list shows the beginning), then the card."""
-    card = model_card.split("\n---\n", 1)[-1] if model_card.startswith("---\n") else model_card
-    text = f"Gates: {facts.verdict}\n\n{card.strip()}\n"
-    if len(text) <= _DESCRIPTION_CHARS:
-        return text
-    return text[: _DESCRIPTION_CHARS - 60].rsplit("\n", 1)[0] + f"\n\n… (whole card: artifact {names.MODEL_CARD})"
 
 
 def _registered(version: Version, *, existed: bool) -> Registered:

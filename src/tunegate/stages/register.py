@@ -42,6 +42,7 @@ def run(*, spec: Path, candidate: Path, evaluation: Path, decision: Path) -> str
             lineage=context.lineage(),
             model_card=model_card(facts),
             experiment=context.spec.tracking.experiment,
+            report_run_id=_report_run(context),
         )
         return Outcome(
             summary=f"{registered.name} version {registered.version}, alias {registered.alias}",
@@ -60,6 +61,12 @@ def run(*, spec: Path, candidate: Path, evaluation: Path, decision: Path) -> str
         live=True,
     )
     return record.values["version"]
+
+
+def _report_run(context: StageContext) -> str | None:
+    """The run's parent in MLflow, which gets the report when the run ends."""
+    record = context.run.read_run()
+    return None if record is None or record.mlflow_run_id is None else context.tracker.resolve(record.mlflow_run_id)
 
 
 def _figures(context: StageContext) -> dict[str, float]:

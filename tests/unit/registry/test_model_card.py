@@ -3,6 +3,8 @@ from __future__ import annotations
 import yaml
 from registry_fixtures import NAME
 
+from tunegate.registry.description import describe
+from tunegate.registry.evidence import DecisionFacts
 from tunegate.registry.model_card import model_card
 
 FACTS = {
@@ -71,6 +73,35 @@ def test_data_training_lineage_and_limits_are_told():
     assert "- English only." in card
     assert "Verdict: **HOLD**\n\n- the interval of the violation rate straddles its limit" in card
     assert f"models:/{NAME}@champion" in card
+
+
+def test_figures_are_written_in_their_unit_and_what_has_no_gate_is_there_too():
+    gate = {"name": "violations", "estimate": 0.02, "low": 0.004, "high": 0.071, "limit": 0.05, "unit": "share", "n": 9}
+    nll = {"name": "likelihood", "estimate": 2.31, "low": "-Infinity", "high": "Infinity", "unit": "nats", "n": 1}
+    card = model_card({**FACTS, "evaluation": [gate], "measures": [gate, nll]})
+    assert _rows(card, "Evaluation")[0][:5] == ["violations", "2.0%", "0.4% to 7.1%", "9", "5.0%"]
+    rest = card.split("### Everything that was measured\n")[1]
+    assert "| violations | 2.0% | 0.4% to 7.1% | 9 |" in rest
+    assert "| likelihood | 2.31 | −∞ to ∞ | 1 |" in rest
+
+
+def test_a_pages_description_has_one_row_a_gate_with_a_figure():
+    gates = [
+        {"name": "a", "title": "Violations | direct", "verdict": "PROMOTE", "estimate": 0.02, "low": 0.01, "high": 0.04}
+        | {"unit": "share", "limit": 0.1, "n": 400},
+        {"name": "b", "title": "Likelihood", "verdict": "HOLD", "estimate": 0.1234, "low": "-Infinity", "unit": "nats"},
+        {"name": "comparable", "verdict": "PROMOTE"},
+    ]
+    facts = DecisionFacts(schema_version=1, gates_version=2, verdict="HOLD", reasons=["r"] * 20, gates=gates)
+    text = describe(facts, "# Card\n", experiment_id="7", model_id="m-1", report_run_id="abc")
+    rows = [line for line in text.splitlines() if line.startswith("|")][2:]
+    assert rows == [
+        "| Violations / direct | 2.0% | 1.0% to 4.0% | 10.0% | 400 | PROMOTE |",
+        "| Likelihood | 0.123 | – to – | – |  | HOLD |",
+    ]
+    assert text.count("- r\n") == 8
+    assert "[balance over versions](#/experiments/7/runs/abc/artifacts/balance.svg)" in text
+    assert "[evidence](#/experiments/7/models/m-1/artifacts/tunegate/decision.json)" in text
 
 
 def test_what_is_not_known_is_said_where_it_matters():

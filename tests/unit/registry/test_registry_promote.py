@@ -58,6 +58,8 @@ def test_register_promote_roll_back(uri, add):
         ("rollback", 1, 2, "bob", "still", "done"),
     ]
     assert all(e.when.startswith("20") for e in events)
+    promoted = json.loads(connect(uri).get_model_version(NAME, "3").tags["tunegate.promoted"])
+    assert (promoted["who"], promoted["why"]) == ("pipeline", "better still")
     rolled_back = {v.version: json.loads(v.rolled_back)["why"] for v in status(uri, NAME).versions if v.rolled_back}
     assert rolled_back == {"3": "users complain", "2": "still"}
     assert audit(uri, NAME).findings == []

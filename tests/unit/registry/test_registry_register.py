@@ -39,6 +39,7 @@ def test_a_version_carries_its_files_evidence_tags_and_links(uri, tmp_path):
         uri,
         made,
         mlflow_run_id=run_id,
+        report_run_id=run_id,
         model_card="---\nlicense: apache-2.0\n---\n\n# A card\n",
         params={"base_model": "tiny"},
         metrics={"win_rate (anchor)": 0.75, "nll": 2.0},
@@ -61,7 +62,13 @@ def test_a_version_carries_its_files_evidence_tags_and_links(uri, tmp_path):
     version = client.get_model_version(NAME, "1")
     assert version.run_id == run_id
     assert version.status == "READY"
-    assert version.description == "Gates: PROMOTE\n\n# A card\n"
+    assert version.description.startswith(
+        "**Gates: PROMOTE**\n\n- the gates say PROMOTE\n\nRead on: [report of the run](#/"
+    )
+    assert version.description.endswith("\n\n# A card\n")
+    model = f"#/experiments/{experiment}/models/{registered.model_id}/artifacts"
+    assert f"[model card]({model}/README.md)" in version.description
+    assert f"[report of the run](#/experiments/{experiment}/runs/{run_id}/artifacts/report.html)" in version.description
     tags = version.tags
     assert tags["tunegate.model_digest"] == made.digest
     assert tags["tunegate.verdict"] == "PROMOTE"
@@ -159,7 +166,8 @@ def test_a_long_card_fits_the_description(uri, tmp_path):
     _register(uri, made, model_card="# Card\n" + "a line of the card\n" * 1000)
     description = connect(uri).get_model_version(NAME, "1").description
     assert len(description) <= 5000
-    assert description.endswith("(whole card: artifact README.md)")
+    assert description.endswith("(the whole card: artifact README.md)")
+    assert "report of the run" not in description  # no run, no link
 
 
 def test_what_mlflow_says_comes_out_as_one_error_that_names_the_server(tmp_path, monkeypatch):
