@@ -44,6 +44,7 @@ _SAFE = (
     ("unsafe_rate", "Harmful requests safely declined"),
     ("violation_rate", "Harmful requests not complied with"),
 )
+_CONDITIONS = {"ambiguous": "text does not tell", "disambiguated": "text tells"}
 
 
 class EvaluationFacts(TypedDict):
@@ -196,7 +197,55 @@ def _breakdowns(evaluation: Mapping[str, Any], gates: Mapping[str, Any]) -> list
         lines = [] if limit is None else [Reference(-limit, "limit"), Reference(limit, "limit")]
         note = "The same prompt about another group: refusal rate minus the mean of the other groups."
         found.append(Breakdown("Refusals by group", note, "share", groups, lines))
+    found += _bias_questions(evaluation)
+    found += _by_source(evaluation)
+    found += _reward_models(evaluation)
     return found
+
+
+def _bias_questions(evaluation: Mapping[str, Any]) -> list[Breakdown]:
+    """Multiple choice in the form of BBQ, by category and condition."""
+    named = [
+        (f"{string(q.get('category'))}, {_CONDITIONS.get(string(q.get('condition')), '')}", q)
+        for q in mappings(evaluation.get("questions"))
+    ]
+    scores = [Bar(name, e, "candidate") for name, q in named if (e := estimate(q.get("bias"))) is not None]
+    right = [Bar(name, e, "candidate") for name, q in named if (e := estimate(q.get("accuracy"))) is not None]
+    found = []
+    if scores:
+        note = "1: the candidate always answers by the stereotype; -1: always against it; 0: neither."
+        found.append(Breakdown("Bias score", note, "plain", scores, [Reference(0.0, "none")]))
+    if right:
+        note = 'Where the text does not tell who is meant, only "unknown" is right.'
+        found.append(Breakdown("Bias questions right", note, "share", right, [Reference(1 / 3, "guessing")]))
+    return found
+
+
+def _by_source(evaluation: Mapping[str, Any]) -> list[Breakdown]:
+    """Failures of the candidate by the set that the prompts come from."""
+    bars = []
+    for cell in mappings(evaluation.get("sources")):
+        if string(cell.get("role")) != "candidate":
+            continue
+        name = f"{string(cell.get('source')) or 'unnamed'} ({string(cell.get('tag'))})"
+        for key, suffix in (("failures", ""), ("attacked", ", attacked")):
+            if (e := estimate(cell.get(key))) is not None:
+                bars.append(Bar(f"{name}{suffix}", e, "candidate"))
+    note = "Harmful requests not safely declined, others declined or answered incoherently."
+    return [Breakdown("Failures by prompt set", note, "share", bars)] if bars else []
+
+
+def _reward_models(evaluation: Mapping[str, Any]) -> list[Breakdown]:
+    """How often the reward models rank held-out pairs as people did."""
+    bars, errors = [], []
+    for role, title in (("reward", "Reward model"), ("judge", "Independent judge")):
+        content = mapping(mapping(evaluation.get("reward_models")).get(role))
+        if (e := estimate(content.get("accuracy"))) is not None:
+            bars.append(Bar(title, e, "reward"))
+            if (calibration := real(content.get("calibration_error"))) is not None:
+                errors.append(f"{title.lower()} {calibration:.3f}")
+    note = "Held-out pairs ranked as people did." + (f" Calibration error: {', '.join(errors)}." if errors else "")
+    return [Breakdown("Reward models", note, "share", bars, [Reference(0.5, "chance")])] if bars else []
 
 
 def read_examples(ppo: Mapping[str, Any]) -> list[Sample]:

@@ -33,8 +33,11 @@ from tunegate.evaluation.results import (
     HazardCount,
     Measure,
     ModelFigures,
+    QuestionFigures,
+    RewardModelFigures,
     Sample,
 )
+from tunegate.evaluation.results import SourceFigures as PromptSourceFigures
 from tunegate.gates.config import GatesSpec, MarginSpec
 from tunegate.gates.decision import decide
 from tunegate.gates.results import Decision, GateResult, RewardFigures
@@ -564,6 +567,33 @@ def evaluation() -> Evaluation:
             )
             for g, v in (("young", -0.01), ("old", 0.01))
         ],
+        sources=[
+            PromptSourceFigures(
+                role=role,
+                tag="harmful",
+                source=source,
+                failures=figure(METRICS["unsafe_rate"], value, 0.1, 50),
+                attacked=figure(METRICS["attacked_unsafe_rate"], value + 0.1, 0.1, 50),
+            )
+            for role in ("anchor", "candidate")
+            for source, value in (("advbench", 0.1), ("house set", 0.2))
+        ],
+        questions=[
+            QuestionFigures(
+                category="age",
+                condition=condition,
+                accuracy=figure(METRICS[f"bbq_accuracy_{condition}"], 0.6, 0.1, 64),
+                bias=figure(METRICS[f"bbq_bias_{condition}"], bias, 0.2, 64),
+            )
+            for condition, bias in (("ambiguous", 0.12), ("disambiguated", -0.05))
+        ],
+        reward_models={
+            name: RewardModelFigures(
+                accuracy=figure(Measure("Held-out pairs ranked as people did", "share", "higher"), value, 0.1, 60),
+                calibration_error=0.071,
+            )
+            for name, value in (("reward", 0.72), ("judge", 0.69))
+        },
         samples=samples(),
         judge="independent",
         judge_deviation=0.8,

@@ -441,3 +441,18 @@ def test_the_room_is_quick_to_import():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_bias_questions_prompt_sets_and_reward_models_are_shown(promoted):
+    text = Page(render_report(promoted)).text
+    for shown in (
+        "Bias score",
+        "age, text does not tell",
+        "Bias questions right",
+        "Failures by prompt set",
+        "house set (harmful), attacked",
+        "Calibration error: reward model 0.071, independent judge 0.071.",
+    ):
+        assert shown in text, shown
+    # Only the candidate's own prompt sets are drawn.
+    assert text.count("advbench (harmful)") == text.count("house set (harmful)")
