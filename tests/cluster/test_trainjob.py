@@ -137,6 +137,8 @@ def test_the_runtimes_of_chart_and_manifests_have_what_trainjobs_patch():
         mounts = {m["mountPath"]: m["name"] for m in container["volumeMounts"]}
         assert mounts["/workspace"] == "workspace" and mounts["/dev/shm"] == "shared-memory"
         assert container["terminationMessagePolicy"] == "FallbackToLogsOnError"
+        environment = {e["name"]: e.get("value") for e in build()["spec"]["trainer"]["env"]}
+        assert pod["terminationGracePeriodSeconds"] > int(environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
         assert "command" not in container
 
 

@@ -25,6 +25,7 @@ from tunegate.errors import StorageError, TunegateError
 from tunegate.stages.context import Outcome, Output, StageContext, fetch_artifact, open_tracker, scratch, seal
 from tunegate.stages.nodes import (
     ERROR_FILE,
+    ERROR_FOLDER,
     OUTCOME_FILE,
     Done,
     Failure,
@@ -109,6 +110,8 @@ def _process_group(place: _Rank) -> Iterator[None]:
 def _work(task: Task, folder: str, spec: TuneSpec, run: RunStore, place: _Rank) -> None:
     from torch import distributed
 
+    if place.rank == 0:  # left by ranks that were suspended and are back
+        run.store.remove(f"runs/{run.run_id}/{folder}/{ERROR_FOLDER}")
     here = scratch(spec, run.run_id) / folder
     here.mkdir(parents=True, exist_ok=True)
     inputs = {role: here / "inputs" / role for role in task.inputs}

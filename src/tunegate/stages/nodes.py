@@ -30,7 +30,9 @@ from tunegate.trainjob.objects import VARIABLE
 Work = Callable[[StageContext, Mapping[str, Path], Mapping[str, Path]], Outcome]
 """What a stage does, given its inputs and the (empty) folders of its outputs."""
 
-TASK_FILE, OUTCOME_FILE, ERROR_FILE = "task.json", "outcome.json", "error.json"
+TASK_FILE, OUTCOME_FILE = "task.json", "outcome.json"
+ERROR_FOLDER = "error"
+ERROR_FILE = f"{ERROR_FOLDER}/failure.json"
 
 
 class Task(BaseModel):

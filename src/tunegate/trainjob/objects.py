@@ -33,6 +33,8 @@ ENTRY_POINT = "tunegate.stages.distributed"
 # Python's ssl module, requests (MLflow) and boto3 each look at a variable of their own.
 CERTIFICATE_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE")
 _MANAGER = "tunegate.io/stage"
+# Less than the runtime's terminationGracePeriodSeconds: torchrun gives its ranks this long to write a checkpoint.
+_SHUTDOWN_SECONDS = 270
 _LABEL_VALUE = re.compile(r"^[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$")
 
 
@@ -143,7 +145,10 @@ def _amounts(sizes: StageResources) -> dict[str, dict[str, str]]:
 
 def _environment(resources: ResourcesSpec) -> list[dict[str, Any]]:
     """The environment of a stage's pod, by name, later ones winning as they do there."""
-    variables: dict[str, dict[str, Any]] = {"TUNEGATE_SCRATCH": {"value": SCRATCH_PATH}}
+    variables: dict[str, dict[str, Any]] = {
+        "TUNEGATE_SCRATCH": {"value": SCRATCH_PATH},
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": {"value": str(_SHUTDOWN_SECONDS)},
+    }
     variables.update({name: {"value": value} for name, value in resources.environment.items()})
     for config_map in resources.config_maps:
         for key in config_map.keys:
