@@ -47,7 +47,7 @@ _WRAPPER = re.compile(r"\n\nBegin your answer with .*", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class Hyperparameters:
-    """Settings of the fit; the defaults were chosen by cross-validation on the training rows.
+    """Settings of the fit; the defaults had the lowest cross-validated log loss and false refusals of `GRID`.
 
     Attributes:
         inverse_regularisation: C of the L2-penalised logistic regression.
