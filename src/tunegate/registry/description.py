@@ -10,16 +10,19 @@ from tunegate.registry.evidence import DecisionFacts, GateFacts
 
 _CHARS = 4900  # MLflow's column takes 5,000
 _REPORT_FILES = {"report.html": "report of the run", "balance.svg": "balance over versions"}
+_SIGNS = {"PROMOTE": "✓", "HOLD": "‖", "REJECT": "✗", "INVALID": "!"}
+#: Sections of the card that follow; the others say again what stands above, or are long tables.
+_SECTIONS = ("Data", "Limits", "Licence")
 
 
 def describe(
     facts: DecisionFacts, model_card: str, *, experiment_id: str, model_id: str, report_run_id: str | None
 ) -> str:
-    """The description of a version.
+    """The description of a version, in Markdown.
 
     Args:
         facts: The decision.
-        model_card: The whole card, in Markdown; as much of it follows as fits.
+        model_card: The whole card, in Markdown; what it says of data, limits and licence follows, as much as fits.
         experiment_id: MLflow's experiment of the run.
         model_id: MLflow's logged model that holds card and evidence.
         report_run_id: The MLflow run that gets the run's report; None leaves its links out.
@@ -34,25 +37,25 @@ def describe(
         f"**Gates: {facts.verdict}**",
         "\n".join(f"- {reason}" for reason in facts.reasons[:8]),
         "Read on: " + ", ".join(f"[{title}]({link})" for title, link in links.items()),
-        _table(facts.gates),
+        _gates(facts.gates),
+        *_sections(model_card),
     ]
-    text = "\n\n".join(part for part in parts if part)
-    return _fitted(text, _body(model_card))
+    return _fitted("\n\n".join(part for part in parts if part) + "\n")
 
 
-def _table(gates: Sequence[GateFacts]) -> str:
-    """One row a gate that has a figure; the verdicts of the others are tags of the version."""
-    rows = []
+def _gates(gates: Sequence[GateFacts]) -> str:
+    """One line a gate that has a figure; the verdicts of all are tags of the version.
+
+    A list, since MLflow's page draws tables without room between their columns.
+    """
+    lines = []
     for gate in gates:
         if gate.estimate is None:
             continue
         estimate, low, high, limit = (_figure(v, gate) for v in (gate.estimate, gate.low, gate.high, gate.limit))
-        n = "" if gate.n is None else gate.n
-        rows.append(
-            f"| {_words(gate.title or gate.name)} | {estimate} | {low} to {high} | {limit} | {n} | {gate.verdict} |"
-        )
-    head = ["| Gate | Estimate | Interval | Limit | n | |", "|---|---:|---:|---:|---:|---|"]
-    return "\n".join([*head, *rows]) if rows else ""
+        told = f"{estimate} [{low}, {high}], limit {limit}" + ("" if gate.n is None else f", n = {gate.n}")
+        lines.append(f"- {_SIGNS.get(gate.verdict, '')} {_words(gate.title or gate.name)}: {told}")
+    return "\n".join(lines)
 
 
 def _figure(value: float | None, gate: GateFacts) -> str:
@@ -62,20 +65,20 @@ def _figure(value: float | None, gate: GateFacts) -> str:
 
 
 def _words(text: str) -> str:
-    return " ".join(text.replace("|", "/").split())
+    return " ".join(text.split())
 
 
-def _body(model_card: str) -> str:
-    """The card without its header for the Hub."""
+def _sections(model_card: str) -> list[str]:
+    """The card's introduction, without its header for the Hub and its title, and the sections that are kept."""
     card = model_card.split("\n---\n", 1)[-1] if model_card.startswith("---\n") else model_card
-    return card.strip()
+    first, *sections = card.split("\n## ")
+    introduction = "\n".join(line for line in first.splitlines() if not line.startswith("# ")).strip()
+    return [introduction, *(f"### {s.strip()}" for s in sections if s.split("\n", 1)[0] in _SECTIONS)]
 
 
-def _fitted(text: str, card: str) -> str:
-    """The text and as many whole lines of the card as fit."""
-    whole = f"{text}\n\n{card}\n"
-    if len(whole) <= _CHARS:
-        return whole
-    note = f"\n\n… (the whole card: artifact {names.MODEL_CARD})"
-    cut = whole[: _CHARS - len(note)]
-    return cut.rsplit("\n", 1)[0].rstrip() + note
+def _fitted(text: str) -> str:
+    """As many whole lines as MLflow takes."""
+    if len(text) <= _CHARS:
+        return text
+    note = f"\n\n… (more in the artifact {names.MODEL_CARD})"
+    return text[: _CHARS - len(note)].rsplit("\n", 1)[0].rstrip() + note

@@ -85,20 +85,18 @@ def test_figures_are_written_in_their_unit_and_what_has_no_gate_is_there_too():
     assert "| likelihood | 2.31 | −∞ to ∞ | 1 |" in rest
 
 
-def test_a_pages_description_has_one_row_a_gate_with_a_figure():
+def test_a_pages_description_has_one_line_a_gate_with_a_figure():
     gates = [
-        {"name": "a", "title": "Violations | direct", "verdict": "PROMOTE", "estimate": 0.02, "low": 0.01, "high": 0.04}
+        {"name": "a", "title": "Violations\n direct", "verdict": "PROMOTE", "estimate": 0.02, "low": 0.01, "high": 0.04}
         | {"unit": "share", "limit": 0.1, "n": 400},
         {"name": "b", "title": "Likelihood", "verdict": "HOLD", "estimate": 0.1234, "low": "-Infinity", "unit": "nats"},
         {"name": "comparable", "verdict": "PROMOTE"},
     ]
     facts = DecisionFacts(schema_version=1, gates_version=2, verdict="HOLD", reasons=["r"] * 20, gates=gates)
     text = describe(facts, "# Card\n", experiment_id="7", model_id="m-1", report_run_id="abc")
-    rows = [line for line in text.splitlines() if line.startswith("|")][2:]
-    assert rows == [
-        "| Violations / direct | 2.0% | 1.0% to 4.0% | 10.0% | 400 | PROMOTE |",
-        "| Likelihood | 0.123 | – to – | – |  | HOLD |",
-    ]
+    assert "\n- ✓ Violations direct: 2.0% [1.0%, 4.0%], limit 10.0%, n = 400\n" in text
+    assert "\n- ‖ Likelihood: 0.123 [–, –], limit –\n" in text
+    assert "comparable" not in text
     assert text.count("- r\n") == 8
     assert "[balance over versions](#/experiments/7/runs/abc/artifacts/balance.svg)" in text
     assert "[evidence](#/experiments/7/models/m-1/artifacts/tunegate/decision.json)" in text

@@ -13,6 +13,8 @@ from tunegate.registry.registry import champion_model, fetch, promote, register,
 from tunegate.storage.manifest import verify
 from tunegate.tracking.client import connect, ensure_experiment
 
+CARD = "---\nlicense: apache-2.0\n---\n\n# A card\n\nMade by hand.\n\n## Use\n\nit\n\n## Limits\n\n- few\n"
+
 
 def _register(uri, made, **changes):
     arguments = {
@@ -40,7 +42,7 @@ def test_a_version_carries_its_files_evidence_tags_and_links(uri, tmp_path):
         made,
         mlflow_run_id=run_id,
         report_run_id=run_id,
-        model_card="---\nlicense: apache-2.0\n---\n\n# A card\n",
+        model_card=CARD,
         params={"base_model": "tiny"},
         metrics={"win_rate (anchor)": 0.75, "nll": 2.0},
     )
@@ -57,7 +59,7 @@ def test_a_version_carries_its_files_evidence_tags_and_links(uri, tmp_path):
         "tunegate/evaluation/evaluation.json",
         "tunegate/evaluation/manifest.json",
     ]
-    assert (local / "README.md").read_text() == "---\nlicense: apache-2.0\n---\n\n# A card\n"
+    assert (local / "README.md").read_text() == CARD
 
     version = client.get_model_version(NAME, "1")
     assert version.run_id == run_id
@@ -65,7 +67,7 @@ def test_a_version_carries_its_files_evidence_tags_and_links(uri, tmp_path):
     assert version.description.startswith(
         "**Gates: PROMOTE**\n\n- the gates say PROMOTE\n\nRead on: [report of the run](#/"
     )
-    assert version.description.endswith("\n\n# A card\n")
+    assert version.description.endswith("\n\nMade by hand.\n\n### Limits\n\n- few\n")
     model = f"#/experiments/{experiment}/models/{registered.model_id}/artifacts"
     assert f"[model card]({model}/README.md)" in version.description
     assert f"[report of the run](#/experiments/{experiment}/runs/{run_id}/artifacts/report.html)" in version.description
@@ -166,7 +168,7 @@ def test_a_long_card_fits_the_description(uri, tmp_path):
     _register(uri, made, model_card="# Card\n" + "a line of the card\n" * 1000)
     description = connect(uri).get_model_version(NAME, "1").description
     assert len(description) <= 5000
-    assert description.endswith("(the whole card: artifact README.md)")
+    assert description.endswith("(more in the artifact README.md)")
     assert "report of the run" not in description  # no run, no link
 
 
