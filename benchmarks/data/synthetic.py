@@ -138,7 +138,7 @@ class Generator:
         elif kind == "missing_field":
             row["chosen"] = None
         elif kind == "not_finite":
-            row["margin"] = float("nan")
+            row["margin"] = float("inf")
         return True
 
     def _nudged(self, text: str) -> str:

@@ -368,6 +368,10 @@ class DataSpec(Section):
     checks: ChecksSpec = Field(default_factory=ChecksSpec)
     """The validation gate."""
 
+    engine: Literal["local", "ray"] = "local"
+    """Where the checks run: in this process, or by Ray Data on all cores of a cluster (the one that RAY_ADDRESS names,
+    else one that is started on this machine). The findings are the same. Needs `pip install 'tunegate[ray]'`."""
+
     max_quarantine_fraction: float = Field(default=0.3, ge=0, le=1)
     """When more than this share of the rows of a kind is quarantined, the dataset is INVALID."""
 

@@ -14,11 +14,10 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tunegate.data.checks.base import Batch, Check, RowCheck, batches, json_row, wilson
-from tunegate.data.checks.fields import check_fields
+from tunegate.data.checks.base import Batch, Check, batches, json_row, wilson
 from tunegate.data.checks.lengths import TokenCounter
-from tunegate.data.checks.made import make_checks
 from tunegate.data.config import DataSpec
+from tunegate.data.inspection import Inspection, inspect_here, inspect_on_ray
 from tunegate.data.records import KINDS, Kind
 from tunegate.data.results import CheckResult, Example, IngestSummary, KindRows, SplitCounts, ValidationReport
 from tunegate.data.tables import (
@@ -124,26 +123,26 @@ class _Gate:
         self.spec = spec
         self.rows = rows
         self.seed = seed
+        self.tokenizer = tokenizer
         counter = TokenCounter.load(tokenizer) if tokenizer is not None else None
         self.tokenizer_digest = counter.digest if counter else None
-        self.fields = RowCheck("fields", spec.checks.types, check_fields)
-        self.checks = make_checks(spec.checks, dataset=dataset, rows=rows, counter=counter, folder=folder, seed=seed)
+        self.inspection = Inspection(dataset, spec, rows, counter=counter, folder=folder, seed=seed)
+        self.checks = self.inspection.all
 
     def inspect(self, observer: Observer) -> None:
         """Show every batch to every check."""
-        done, total = 0, sum(self.rows.values())
-        for kind in KINDS:
-            for batch in batches(self.dataset, kind):
-                self.fields.observe(batch)
-                broken = self.fields.found_in(kind, batch)
-                sound = batch.without(broken) if broken.len() else batch
-                for check in self.checks:
-                    if kind in check.kinds and sound.frame.height:
-                        check.observe(sound)
-                done += batch.table.num_rows
-                observer.progress(done, total, "row", "validate")
-        for check in self.checks:
-            check.finish()
+        if self.spec.engine == "ray":
+            inspect_on_ray(
+                self.inspection,
+                self.dataset,
+                self.spec,
+                self.rows,
+                tokenizer=self.tokenizer,
+                seed=self.seed,
+                observer=observer,
+            )
+        else:
+            inspect_here(self.inspection, self.dataset, self.rows, observer)
 
     def part(self, clean: Path, quarantine: Path) -> dict[Kind, _Part]:
         """Write the clean and the quarantined rows."""
@@ -185,14 +184,10 @@ class _Gate:
                     part.quarantined += 1
         return part
 
-    @property
-    def _all(self) -> list[Check]:
-        return [self.fields, *self.checks]
-
     def _reasons(self, kind: Kind) -> Reasons:
         """(check, code, detail) of every row that must go, by row number."""
         reasons: Reasons = {}
-        for check in self._all:
+        for check in self.checks:
             if check.action == "quarantine":
                 for row, code, detail in check.found(kind).iter_rows():
                     reasons.setdefault(row, []).append((check.name, code, detail))
@@ -232,7 +227,7 @@ class _Gate:
 
     def judge(self, parts: Mapping[Kind, _Part]) -> ValidationReport:
         """The verdict and every check's result."""
-        results = [self._result(check) for check in self._all]
+        results = [self._result(check) for check in self.checks]
         reasons = [f"{result.check}: {result.reason}" for result in results if result.verdict == "fail"]
         limit = self.spec.max_quarantine_fraction
         least = self.spec.checks.enough

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import polars as pl
 import pyarrow as pa
@@ -141,6 +141,12 @@ class Check:
         self.histograms: dict[str, Histogram] = {}
         self._found: dict[Kind, list[pl.DataFrame]] = {}
 
+    own: ClassVar[tuple[str, ...]] = ()
+    """Attributes that a check makes for itself and that do not travel to another process with its state."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in self.own}
+
     def observe(self, batch: Batch) -> None:
         """Look at a batch."""
         raise NotImplementedError
@@ -173,6 +179,8 @@ class Check:
 
 class RowCheck(Check):
     """A check that judges each row by itself, by a pure function from a batch to findings."""
+
+    own = ("_find",)
 
     def __init__(
         self,

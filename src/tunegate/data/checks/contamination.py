@@ -38,6 +38,8 @@ class Contamination(Check):
         dataset: Where the evaluation prompts are read from.
     """
 
+    own = ("_equal", "_near", "_parts", "_runs", "prompts")
+
     def __init__(self, spec: ContaminationCheck, *, dataset: Path) -> None:
         super().__init__("contamination", spec, kinds=_TRAINED)
         self._spec = spec

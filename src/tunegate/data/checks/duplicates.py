@@ -119,6 +119,8 @@ class NearDuplicates(Check):
         folder: For temporary files.
     """
 
+    own = ("_exact",)
+
     def __init__(self, spec: NearDuplicatesCheck, *, exact: Repeated | None, folder: Path) -> None:
         super().__init__("near_duplicates", spec, kinds=("sft", "preferences", "prompts"))
         self.threshold = spec.max_fraction

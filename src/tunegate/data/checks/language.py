@@ -27,6 +27,8 @@ class Language(Check):
         rows: Rows of each kind, to space the sample evenly.
     """
 
+    own = ("_detector",)
+
     def __init__(self, spec: LanguageCheck, *, rows: Mapping[Kind, int]) -> None:
         super().__init__("language", spec, kinds=KINDS, action="quarantine" if spec.allowed else "report")
         self._spec = spec

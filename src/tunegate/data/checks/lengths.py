@@ -205,6 +205,8 @@ class Lengths(Check):
         rows: Rows of each kind, to space the sample.
     """
 
+    own = ("_counter",)
+
     def __init__(self, spec: LengthsCheck, *, counter: TokenCounter | None, rows: Mapping[Kind, int]) -> None:
         super().__init__("lengths", spec)
         self._spec = spec

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,8 @@ class Column:
         self.dtype = np.dtype(dtype)
         self.path = path
         self.length = 0
+        self._held: npt.NDArray[Any] | None = None
+        """The values of one that came from another process; it can be read, and nothing is added to it."""
         path.touch()
 
     def append(self, values: npt.NDArray[Any]) -> None:
@@ -33,13 +36,20 @@ class Column:
 
     def read(self) -> npt.NDArray[Any]:
         """All values."""
-        return np.fromfile(self.path, dtype=self.dtype)
+        return np.fromfile(self.path, dtype=self.dtype) if self._held is None else self._held.copy()
 
     def pieces(self) -> Iterator[npt.NDArray[Any]]:
         """The values in pieces of limited size."""
+        if self._held is not None:
+            yield self._held
+            return
         with self.path.open("rb") as stream:
             while len(piece := np.fromfile(stream, dtype=self.dtype, count=_PIECE_BYTES // self.dtype.itemsize)):
                 yield piece
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The values themselves: another process does not see the file."""
+        return {"path": self.path, "dtype": self.dtype, "length": self.length, "_held": self.read()}
 
     def close(self) -> None:
         """Remove the file."""
@@ -107,7 +117,7 @@ class Texts:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._stream = path.open("w+b")
+        self._stream: IO[bytes] = path.open("w+b")
         self._sizes = Column(path.with_suffix(".sizes"), np.int64)
         self._ends: npt.NDArray[Any] | None = None
 
@@ -125,8 +135,25 @@ class Texts:
 
     def extend(self, other: Texts) -> None:
         """Add all items of another one."""
-        for item in range(other.length):
-            self.append([other[item]])
+        for data in other._bytes():
+            self._stream.write(data)
+        self._sizes.append(other._sizes.read())
+        self._ends = None
+
+    def _bytes(self) -> Iterator[bytes]:
+        self._stream.seek(0)
+        while data := self._stream.read(_PIECE_BYTES):
+            yield data
+        self._stream.seek(0, io.SEEK_END)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The texts themselves: another process does not see the file."""
+        return {
+            "_path": self._path,
+            "_sizes": self._sizes,
+            "_ends": None,
+            "_stream": io.BytesIO(b"".join(self._bytes())),
+        }
 
     def __getitem__(self, item: int) -> list[str]:
         if self._ends is None:

@@ -103,6 +103,8 @@ class Toxicity(Check):
         rows: Rows of each kind, to space the sample of a check that only reports.
     """
 
+    own = ("_head",)
+
     def __init__(self, spec: ToxicityCheck, *, rows: Mapping[Kind, int]) -> None:
         super().__init__("toxicity", spec, kinds=("sft", "preferences"), action=spec.action)
         self._spec = spec
