@@ -8,10 +8,10 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from tunegate.data.config import DataSpec
 from tunegate.errors import SpecError
@@ -24,6 +24,7 @@ from tunegate.storage.config import StorageSpec
 from tunegate.storage.manifest import digest_json
 from tunegate.tracking.config import TrackingSpec
 from tunegate.training.config import DistributedSpec, ModelSpec, RewardSpec, SFTSpec
+from tunegate.training.dpo_config import DPOSpec
 from tunegate.training.ppo_config import PPOSpec
 
 PROFILES = ("smoke", "demo")
@@ -67,6 +68,13 @@ class TuneSpec(Section):
     ppo: PPOSpec = PPOSpec()
     """Stage 3: RLHF by PPO."""
 
+    last_stage: Literal["ppo", "grpo", "rloo", "dpo"] = "ppo"
+    """What the third stage does: `ppo`, `grpo` or `rloo` (section `ppo`: rollouts scored by the reward model), or `dpo`
+    (section `dpo`: the preferences themselves, without rollouts)."""
+
+    dpo: DPOSpec = DPOSpec()
+    """Stage 3, with `last_stage: dpo`."""
+
     distributed: DistributedSpec = DistributedSpec()
     """How many processes train together; does not change what is learned."""
 
@@ -90,6 +98,21 @@ class TuneSpec(Section):
 
     cost: CostSpec = CostSpec()
     """Prices for plan and report."""
+
+    @model_validator(mode="after")
+    def _one_algorithm(self) -> Self:
+        if self.ppo.algorithm != "ppo" and self.ppo.algorithm != self.last_stage:
+            raise ValueError(
+                f"ppo.algorithm is {self.ppo.algorithm!r}, but last_stage is {self.last_stage!r}; set last_stage: "
+                f"{self.ppo.algorithm} and leave ppo.algorithm out"
+            )
+        return self
+
+    @property
+    def rollouts(self) -> PPOSpec:
+        """The section `ppo` with the algorithm that `last_stage` names."""
+        algorithm = "ppo" if self.last_stage == "dpo" else self.last_stage
+        return self.ppo.model_copy(update={"algorithm": algorithm})
 
     def digest(self, sections: Iterable[str] | None = None) -> str:
         """The sha256 of the spec, or of some of its sections."""

@@ -21,6 +21,7 @@ from tunegate.training.estimate import (
     Estimate,
     Hardware,
     ModelSize,
+    estimate_dpo,
     estimate_ppo,
     estimate_reward,
     estimate_sft,
@@ -124,9 +125,20 @@ def make_plan(spec: TuneSpec, *, stages: Sequence[str] | None = None) -> Plan:
             mean_tokens=sequence,
             heldout_pairs=pairs.part(heldout),
         ),
-        estimate_ppo(
+        estimate_dpo(
             size,
-            spec.ppo,
+            spec.dpo,
+            hardware,
+            pairs=pairs.part(1 - heldout),
+            mean_tokens=sequence,
+            mean_prompt_tokens=prompts.tokens,
+            heldout_pairs=pairs.part(heldout),
+            heldout_prompts=(sft.part(heldout) + pairs.part(heldout)),
+        )
+        if spec.last_stage == "dpo"
+        else estimate_ppo(
+            size,
+            spec.rollouts,
             hardware,
             mean_prompt_tokens=prompts.tokens,
             heldout_prompts=(sft.part(heldout) + pairs.part(heldout)),
@@ -150,8 +162,7 @@ def make_plan(spec: TuneSpec, *, stages: Sequence[str] | None = None) -> Plan:
         ),
         (
             "ppo",
-            f"{spec.ppo.steps} steps x {spec.ppo.prompts_per_update} prompts x {spec.ppo.epochs} epochs, "
-            f"{spec.ppo.method}",
+            _last_stage(spec, pairs.part(1 - heldout)),
             trained[2],
         ),
         _evaluation(spec, size, hardware, prompts, sft),
@@ -181,6 +192,16 @@ def make_plan(spec: TuneSpec, *, stages: Sequence[str] | None = None) -> Plan:
         remarks=remarks,
         warnings=gate_contradictions(spec),
     )
+
+
+def _last_stage(spec: TuneSpec, pairs: int) -> str:
+    """What the third stage does, in a few words."""
+    if spec.last_stage == "dpo":
+        return f"DPO: {pairs} pairs x {spec.dpo.epochs} epochs, {spec.dpo.method}"
+    ppo = spec.rollouts
+    responses = f" x {ppo.group_size} responses" if ppo.grouped else ""
+    head = f"{spec.last_stage.upper()}: " if ppo.grouped else ""
+    return f"{head}{ppo.steps} steps x {ppo.prompts_per_update} prompts{responses} x {ppo.epochs} epochs, {ppo.method}"
 
 
 def _evaluation(

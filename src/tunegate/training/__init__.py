@@ -9,11 +9,14 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "DPOResult": "dpo_results",
+    "DPOSpec": "dpo_config",
+    "DistributedSpec": "config",
     "Generator": "rollout",
     "ModelFacts": "models",
     "ModelSpec": "config",
     "NLL": "results",
-    "PPOResult": "ppo",
+    "PPOResult": "ppo_results",
     "PPOSpec": "ppo_config",
     "RewardModel": "reward_model",
     "RewardResult": "results",
@@ -21,8 +24,10 @@ _HOMES = {
     "SFTResult": "results",
     "SFTSpec": "config",
     "SamplingSpec": "ppo_config",
+    "launch": "launch",
     "mean_answer_nll": "sft",
     "resolve_model": "models",
+    "train_dpo": "dpo",
     "train_ppo": "ppo",
     "train_reward": "reward",
     "train_sft": "sft",

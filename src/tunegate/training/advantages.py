@@ -127,6 +127,28 @@ def generalised_advantages(
     return advantages_BT, torch.where(mask_BT, advantages_BT + values_BT, 0.0)
 
 
+GROUP_EPSILON = 1e-8
+"""Added to a group's variance before the square root: a group whose rewards are all equal teaches nothing."""
+
+
+def group_advantages(rewards_PG: Tensor, algorithm: str) -> Tensor:
+    """How much better each response is than the others to its prompt, [P, G].
+
+    `grpo`: (R - mean) / sqrt(var + 1e-8) of the group (DeepSeekMath, arXiv 2402.03300, section 4.1.2, with the biased
+    variance). `rloo`: R less the mean of the *other* responses, an unbiased baseline (Kool et al. 2019; Ahmadian et al.
+    2024, arXiv 2402.14740, eq. 5).
+
+    Args:
+        rewards_PG: Final reward of each response, a row a prompt.
+        algorithm: Which.
+    """
+    mean_P1 = rewards_PG.mean(dim=1, keepdim=True)
+    if algorithm == "grpo":
+        return (rewards_PG - mean_P1) * torch.rsqrt(rewards_PG.var(dim=1, correction=0, keepdim=True) + GROUP_EPSILON)
+    count = rewards_PG.shape[1]
+    return (rewards_PG - mean_P1) * (count / (count - 1))  # R - (sum - R) / (G - 1)
+
+
 def safe_advantages(reward_advantages: Tensor, cost_advantages: Tensor, multiplier: float) -> Tensor:
     """A = (A_r - lambda A_c) / (1 + lambda) (Safe RLHF, arXiv 2310.12773, appendix B; TRAINING, line 26)."""
     return (reward_advantages - multiplier * cost_advantages) / (1.0 + multiplier)

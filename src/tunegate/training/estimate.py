@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tunegate.training.config import BUNDLED_MODEL, TINY_MODEL, ModelSpec, RewardSpec, SFTSpec, Trunk
+from tunegate.training.dpo_config import DPOSpec
 from tunegate.training.ppo_config import PPOSpec
 
 _PROCESS_BYTES = 450 << 20  # Python with torch and transformers
@@ -232,25 +233,72 @@ def estimate_ppo(
     forward = 2 * size.parameters
     evaluations = 1 + spec.steps / spec.evaluate_every
     evaluated = evaluations * min(heldout_prompts, spec.evaluate_prompts)
-    rollouts = spec.steps * spec.prompts_per_update + spec.shaping.standardise_prompts
+    rollouts = spec.steps * spec.responses_per_update + spec.shaping.standardise_prompts
     generated = (rollouts + evaluated) * response * size.parameters * 2 / hardware.generated_bytes
     # Reference (with the stem) and reward model read every row; evaluations need policy, reference and reward.
     scored = (rollouts * 2 + evaluated * 3) * row * forward
     # Adapters: forward and backward (without weight gradients) through the layers that have some.
     update = (spec.adapted_layers * 2 if spec.method == "lora" else 3) * forward
-    critic = 3 * forward if spec.critic == "separate" else 0.0
-    updated = spec.steps * spec.prompts_per_update * row * spec.epochs * (update + critic)
-    if spec.critic == "separate":
+    separate = spec.critic == "separate" and not spec.grouped
+    critic = 3 * forward if separate else 0.0
+    updated = spec.steps * spec.responses_per_update * row * spec.epochs * (update + critic)
+    if separate:
         updated += spec.critic_warmup_epochs * spec.shaping.standardise_prompts * row * critic
     full = spec.method == "full"
     memory = _training_memory(
         size, hardware, "full" if full else "lora", spec.lora.rank, spec.microbatch_tokens, spec.gradient_checkpointing
     )
     memory += size.parameters * _weight_bytes(hardware) * (2 if full else 1)  # reward model, reference
-    if spec.critic == "separate":
+    if separate:
         memory += size.parameters * 18
     return Estimate(
         2 * _LOADING_SECONDS + generated + (scored + updated) / hardware.training_flops,
+        memory,
+        _disk(size, hardware, full, spec.keep_checkpoints),
+    )
+
+
+def estimate_dpo(
+    size: ModelSize,
+    spec: DPOSpec,
+    hardware: Hardware,
+    *,
+    pairs: int,
+    mean_tokens: float,
+    mean_prompt_tokens: float,
+    heldout_pairs: int = 0,
+    heldout_prompts: int = 0,
+) -> Estimate:
+    """DPO: the reference once, training, and held-out answers before and after.
+
+    Args:
+        size: Of the policy; the reward model has the same.
+        spec: The `dpo` section.
+        hardware: Rates.
+        pairs: Training preferences.
+        mean_tokens: Mean length of a prompt with one response.
+        mean_prompt_tokens: Mean length of a held-out prompt.
+        heldout_pairs: Preferences to measure on.
+        heldout_prompts: Prompts to answer.
+    """
+    forward = 2 * size.parameters
+    steps = pairs * spec.epochs / spec.batch_pairs
+    share = min(1.0, spec.max_steps / steps) if spec.max_steps is not None and steps else 1.0
+    trained = 2 * pairs * spec.epochs * share * mean_tokens * int(spec.enabled)
+    measured = min(heldout_pairs, spec.evaluate_pairs) * (spec.epochs + 2)
+    scored = 2 * (pairs + measured) * mean_tokens * forward
+    answers = 2 * min(heldout_prompts, spec.evaluate_prompts)
+    response = 0.6 * spec.max_new_tokens
+    generated = answers * response * size.parameters * 2 / hardware.generated_bytes
+    scored += answers * 3 * (mean_prompt_tokens + response) * forward
+    full = spec.method == "full"
+    trunk: Trunk = "full" if full else "lora"
+    work = trained * _training_cost(size, trunk, spec.gradient_checkpointing) + scored
+    budget = _microbatch(spec.microbatch_tokens, hardware)
+    memory = _training_memory(size, hardware, trunk, spec.lora.rank, budget, spec.gradient_checkpointing)
+    memory += size.parameters * _weight_bytes(hardware) * (2 if full else 1)  # reward model, reference
+    return Estimate(
+        2 * _LOADING_SECONDS + generated + work / hardware.training_flops,
         memory,
         _disk(size, hardware, full, spec.keep_checkpoints),
     )

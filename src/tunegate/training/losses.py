@@ -178,3 +178,28 @@ def value_loss(values_N: Tensor, old_values_N: Tensor, returns_N: Tensor, *, cli
     """
     clipped_N = old_values_N + (values_N - old_values_N).clamp(-clip, clip)
     return 0.5 * torch.maximum((values_N - returns_N).square(), (clipped_N - returns_N).square()).sum() / tokens
+
+
+def preference_loss(
+    chosen_B: Tensor, rejected_B: Tensor, *, beta: float, kind: str = "sigmoid", label_smoothing: float = 0.0
+) -> Tensor:
+    """Loss of direct preference optimisation, [B].
+
+    `sigmoid`: -(1 - s) log sigmoid(beta h) - s log sigmoid(-beta h) with h the difference of the log-ratios and s the
+    label smoothing (Rafailov et al. 2023, arXiv 2305.18290, eq. 7). `ipo`: (h - 1 / (2 beta))^2 (Azar et al. 2023,
+    arXiv 2310.12036, eq. 17).
+
+    Args:
+        chosen_B: log(policy / reference) of each chosen response, summed over its tokens (nats), differentiable.
+        rejected_B: The same of each rejected response.
+        beta: Strength of the tie to the reference.
+        kind: `sigmoid` or `ipo`.
+        label_smoothing: s.
+    """
+    difference_B = chosen_B - rejected_B
+    if kind == "ipo":
+        return (difference_B - 1.0 / (2.0 * beta)).square()
+    logsigmoid = torch.nn.functional.logsigmoid
+    return -(1.0 - label_smoothing) * logsigmoid(beta * difference_B) - label_smoothing * logsigmoid(
+        -beta * difference_B
+    )

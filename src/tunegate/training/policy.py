@@ -208,8 +208,7 @@ class Policy:
             target.copy_(weight)
 
     def save(self, out: Path) -> None:
-        """Write the policy, adapters merged, as a plain Hugging Face folder."""
-        self.refresh()
+        """Write the policy as of the last `refresh`, adapters merged, as a plain Hugging Face folder."""
         save_model(self.sampler.model, self.chat.tokenizer, out, like=self.path)
 
     # -- inside ---------------------------------------------------------------------------------------------------

@@ -49,6 +49,7 @@ from tunegate.training.update import (
     final_rewards,
     ppo_update,
     set_advantages,
+    set_group_advantages,
     warm_up_critic,
 )
 from tunegate.training.watchdogs import Alarm, RolloutSigns, Watchdogs, distinct_2, identical_share
@@ -155,6 +156,7 @@ class _Run:
             {"prompts": len(prompts), "heldout_prompts": len(heldout)},
             spec,
         )
+        self.signals = tuple(name for name in ("reward", "cost") if name in self.scorers)
         self.state = self._first_state(reward)
 
     def _first_state(self, reward: Path | None) -> PPOState:
@@ -164,7 +166,7 @@ class _Run:
         sources = {"reward": reward, "cost": Path(cost.model) if cost and cost.model else None}
         learners: dict[str, Learner] = {}
         for name, source in sources.items():
-            if name in self.scorers:
+            if name in self.scorers and not spec.grouped:
                 critic = make_critic(self.scorers[name], source, self.policy, self.observer, self.sharding)
                 optimizer = Optimizer(
                     critic.module.named_parameters(),
@@ -222,7 +224,7 @@ class _Run:
         the scale of the returns by a straight line; then the critic is trained on them.
         """
         spec, state, pad_id = self.spec, self.state, self.policy.chat.pad_id
-        if not self.updates:
+        if not self.updates or not state.learners:
             return
         # With lambda = 1 the returns are what was earned, whatever the critic says.
         earned = spec.model_copy(update={"gae_lambda": 1.0})
@@ -282,7 +284,8 @@ class _Run:
         multiplier = state.multiplier.value if state.multiplier is not None else None
         beta = state.kl.coefficient
         self._set_values(rollout)
-        advantages_BT = set_advantages(
+        find_advantages = set_group_advantages if spec.grouped else set_advantages
+        advantages_BT = find_advantages(
             rollout, spec, beta=beta if spec.kl.placement == "reward" else 0.0, multiplier=multiplier
         )
         signs = self._signs(rollout)
@@ -307,9 +310,9 @@ class _Run:
                 )
                 self.policy.refresh()
             rate = state.policy_optimizer.learning_rate * _remaining(spec, state.update - 1, self.updates)
-            state.kl.update(signs.kl, spec.prompts_per_update)
+            state.kl.update(signs.kl, spec.responses_per_update)
             self._count_bad_steps(figures)
-        state.response_tokens += round(signs.length * spec.prompts_per_update)
+        state.response_tokens += round(signs.length * spec.responses_per_update)
         summary = UpdateSummary(
             update=state.update,
             reward=_mean(final_rewards(rollout, spec)),
@@ -342,7 +345,7 @@ class _Run:
 
     def _signs(self, rollout: Rollout) -> RolloutSigns:
         """What the watchdogs look at."""
-        texts = gather([completion.text for completion in rollout.completions], self.spec.prompts_per_update)
+        texts = gather([completion.text for completion in rollout.completions], self.spec.responses_per_update)
         signal = rollout.signals["reward"]
         return RolloutSigns(
             kl=_mean((rollout.old_logprobs_BT - rollout.reference_logprobs_BT).sum(dim=1)),
@@ -356,11 +359,11 @@ class _Run:
     def _set_values(self, rollout: Rollout) -> None:
         """Let every critic say its V_old."""
         with self._clock("score"):
-            for name, signal in rollout.signals.items():
+            for name, learner in self.state.learners.items():
                 set_values(
                     rollout,
-                    signal,
-                    self.state.learners[name].critic,
+                    rollout.signals[name],
+                    learner.critic,
                     pad_id=self.policy.chat.pad_id,
                     budget=self.spec.microbatch_tokens,
                 )
@@ -429,7 +432,8 @@ class _Run:
             epoch = number // count
             if epoch not in epochs:
                 epochs[epoch] = shuffled(count, seed=self.seed, epoch=epoch)
-            chosen.append(self.prompts[epochs[epoch][number % count]])
+            # The responses to one prompt stand together.
+            chosen += [self.prompts[epochs[epoch][number % count]]] * (self.spec.responses_per_update // size)
         return chosen
 
     def _collect(self, prompts: Sequence[Prompt], seed: list[int]) -> Rollout:
@@ -441,8 +445,8 @@ class _Run:
         with self._clock("generate"):
             completions = policy.sampler.generate_ids(rows, spec.rollout_sampling, seed=seed, numbers=numbers)
         with self._clock("score"):
-            shared = spec.critic == "shared_trunk"
-            reads = {name: shared and self.scorers[name].can_read(policy.chat) for name in self.state.learners}
+            shared = spec.critic == "shared_trunk" and not spec.grouped
+            reads = {name: shared and self.scorers[name].can_read(policy.chat) for name in self.signals}
             rollout = score_policy(
                 policy,
                 rows,
@@ -451,7 +455,7 @@ class _Run:
                 keep_reference_features=shared and not all(reads.values()),
             )
             rollout.sources = [prompts[number].source for number in numbers]
-            for name in self.state.learners:
+            for name in self.signals:
                 scorer = self.scorers[name]
                 if reads[name]:
                     raw_KB, features = scorer.raw_with_features(mine, rows, completions)
@@ -478,8 +482,8 @@ class _Run:
         standardisation = self.state.standardisation
         if standardisation is not None:
             self.scorers["reward"].standardisation = standardisation
-            critic = self.state.learners["reward"].critic
-            critic.gain, critic.bias = standardisation.gain[0], standardisation.bias[0]
+            if (learner := self.state.learners.get("reward")) is not None:
+                learner.critic.gain, learner.critic.bias = standardisation.gain[0], standardisation.bias[0]
         for name, (gain, bias) in self.state.critic_scales.items():
             self.state.learners[name].critic.gain = gain
             self.state.learners[name].critic.bias = bias
@@ -502,7 +506,7 @@ class _Run:
 
     def _scores_by_source(self, rollout: Rollout) -> dict[str, float]:
         """Mean standardised score of a rollout by source of the prompt (TRAINING, line 29)."""
-        total = self.spec.prompts_per_update
+        total = self.spec.responses_per_update
         sources = gather(rollout.sources, total)
         scores = gather(rollout.signals["reward"].scores_B.tolist(), total)
         return {
@@ -541,7 +545,8 @@ class _Run:
         }
         return PPOResult(
             method=spec.method if spec.enabled else "disabled",
-            critic=spec.critic,
+            algorithm=spec.algorithm,
+            critic="none" if spec.grouped else spec.critic,
             precision="bf16" if self.policy.head().weight_VD.dtype == torch.bfloat16 else "fp32",
             seed=self.seed,
             learning_rate=spec.policy_learning_rate,

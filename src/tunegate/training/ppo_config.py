@@ -16,6 +16,7 @@ from tunegate.training.config import LoraSpec, Method, Precision
 
 KLEstimator = Literal["k1", "k2", "k3"]
 CriticKind = Literal["shared_trunk", "separate"]
+Algorithm = Literal["ppo", "grpo", "rloo"]
 WatchdogAction = Literal["stop", "back_off", "warn"]
 
 ENTRY_POINT = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
@@ -203,6 +204,15 @@ class PPOSpec(Section):
     enabled: bool = True
     """`false` passes the policy through unchanged."""
 
+    algorithm: Algorithm = "ppo"
+    """Where advantages come from; set by `last_stage` in a run spec. `ppo` asks a critic about every token. `grpo`
+    (DeepSeekMath, arXiv 2402.03300) and `rloo` (arXiv 2402.14740) have no critic: they compare `group_size` responses
+    to one prompt, by their mean and standard deviation, or each with the mean of the others."""
+
+    group_size: int = Field(default=4, ge=2, le=256)
+    """Responses to each prompt, for `grpo` and `rloo`; a rollout has `prompts_per_update` times as many. `ppo` draws
+    one."""
+
     reward_function: str | None = Field(default=None, pattern=ENTRY_POINT)
     """A Python function `module:function(prompts, responses) -> list[float]` instead of the reward model."""
 
@@ -238,7 +248,7 @@ class PPOSpec(Section):
     """Rollouts, each followed by `epochs` passes over it."""
 
     prompts_per_update: int = Field(default=64, ge=2)
-    """Prompts a rollout; one response each."""
+    """Prompts a rollout; one response each, or `group_size`."""
 
     epochs: int = Field(default=4, ge=1, le=64)
     """K: passes over a rollout."""
@@ -292,7 +302,7 @@ class PPOSpec(Section):
     """c_H: weight of the entropy bonus."""
 
     whiten_advantages: bool = True
-    """Advantages to mean 0, variance 1 over all valid tokens."""
+    """Advantages to mean 0, variance 1 over all valid tokens. `grpo` and `rloo` leave theirs as they are."""
 
     whiten_rewards: bool = False
     """Token rewards to variance 1; the mean is kept."""
@@ -329,6 +339,16 @@ class PPOSpec(Section):
 
     precision: Precision = "auto"
     """Number format of the matrix products; trained parameters and optimizer state are always fp32."""
+
+    @property
+    def grouped(self) -> bool:
+        """True if responses to one prompt are compared with each other, and there is no critic."""
+        return self.algorithm != "ppo"
+
+    @property
+    def responses_per_update(self) -> int:
+        """Responses a rollout."""
+        return self.prompts_per_update * (self.group_size if self.grouped else 1)
 
     @property
     def policy_learning_rate(self) -> float:

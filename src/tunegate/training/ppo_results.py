@@ -140,7 +140,8 @@ class PPOResult(Result):
 
     schema_version: Literal[1] = 1
     method: Literal["lora", "full", "disabled"]
-    critic: Literal["shared_trunk", "separate"]
+    algorithm: Literal["ppo", "grpo", "rloo"] = "ppo"
+    critic: Literal["shared_trunk", "separate", "none"]
     precision: Literal["bf16", "fp32"]
     seed: int
     learning_rate: float

@@ -118,8 +118,8 @@ def check_prompts(fitting: Mapping[str, Sequence[Prompt]], given: Mapping[str, i
                 fix="raise ppo.max_prompt_tokens, lower ppo.max_new_tokens, or add prompts",
             )
     ranks = world()[1]
-    fewest = min(spec.prompts_per_update // ranks, *(len(prompts) // ranks for prompts in fitting.values()))
-    if fewest < 1 or spec.prompts_per_update // ranks < spec.minibatches:
+    fewest = min(spec.responses_per_update // ranks, *(len(prompts) // ranks for prompts in fitting.values()))
+    if fewest < 1 or spec.responses_per_update // ranks < spec.minibatches:
         raise SpecError(
             f"{ranks} processes share each rollout, and every one needs a prompt for every minibatch",
             key="ppo.prompts_per_update",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tunegate.training.advantages import (
     generalised_advantages,
+    group_advantages,
     safe_advantages,
     shape_scores,
     token_rewards,
@@ -25,7 +26,7 @@ from tunegate.training.losses import logprobs_and_entropy, policy_loss, token_lo
 from tunegate.training.optim import Optimizer
 from tunegate.training.policy import Policy
 from tunegate.training.ppo_config import PPOSpec
-from tunegate.training.ranks import sum_over_ranks
+from tunegate.training.ranks import gather, share, sum_over_ranks
 from tunegate.training.scoring import Rollout
 from tunegate.training.sharding import in_step
 
@@ -112,6 +113,37 @@ def set_advantages(rollout: Rollout, spec: PPOSpec, *, beta: float, multiplier: 
     if multiplier is not None:
         advantages_BT = safe_advantages(advantages_BT, rollout.signals["cost"].advantages_BT, multiplier)
     return whiten(advantages_BT, mask_BT) if spec.whiten_advantages else advantages_BT
+
+
+def set_group_advantages(rollout: Rollout, spec: PPOSpec, *, beta: float, multiplier: float | None) -> Tensor:
+    """Advantages without a critic: every token of a response gets what the response is worth within its group.
+
+    The reward of a response is its final reward less beta times its KL; the groups are made whole over all ranks.
+
+    Args:
+        rollout: With scores; `group_size` responses to each prompt in a row, shared out over the ranks.
+        spec: Algorithm, group size, shaping.
+        beta: KL coefficient, 0 where the KL is part of the loss.
+        multiplier: Lambda of the cost; None without a cost.
+
+    Returns:
+        Advantages, [B, T], 0 outside the mask.
+    """
+    mask_BT = rollout.mask_BT
+    kl_BT = kl_estimate(rollout.old_logprobs_BT, rollout.reference_logprobs_BT, spec.kl.used_estimator)
+    for name, signal in rollout.signals.items():
+        rewards_B = signal.scores_B
+        if name == "reward":
+            rewards_B = final_rewards(rollout, spec) - beta * torch.where(mask_BT, kl_BT, 0.0).sum(dim=1)
+        every = torch.tensor(gather(rewards_B.tolist(), spec.responses_per_update), dtype=torch.float64)
+        compared = group_advantages(every.view(-1, spec.group_size), spec.algorithm).flatten()
+        advantages_B = torch.tensor(share(compared.tolist()), dtype=rewards_B.dtype, device=rewards_B.device)
+        signal.advantages_BT = torch.where(mask_BT, advantages_B[:, None], 0.0)
+        signal.values_BT = signal.returns_BT = torch.zeros_like(signal.advantages_BT)
+    advantages_BT = rollout.signals["reward"].advantages_BT
+    if multiplier is not None:
+        advantages_BT = safe_advantages(advantages_BT, rollout.signals["cost"].advantages_BT, multiplier)
+    return advantages_BT
 
 
 def ppo_update(
