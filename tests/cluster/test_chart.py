@@ -262,6 +262,9 @@ def test_mlflow_understands_its_arguments(case):
         ("aws", "10.1.2.3:5000", True),
         ("aws", "172.20.0.9:5000", True),
         ("aws", "172.15.0.9:5000", False),
+        ("aws", "100.64.7.9:5000", True),
+        ("aws", "100.127.7.9:5000", True),
+        ("aws", "100.128.7.9:5000", False),
         ("aws", "mlflow.example.com", True),
         ("customized", "mlflow.internal:8443", True),
         ("customized", "llm-tuning-mlflow:80", True),
@@ -288,6 +291,12 @@ def test_the_database_password_is_never_in_a_uri():
     from sqlalchemy.engine import make_url
 
     assert make_url(variables["MLFLOW_BACKEND_STORE_URI"]).drivername == "postgresql+psycopg2"
+
+
+def test_no_sidecar_stands_between_the_pods_of_runs_and_the_server():
+    """Kubeflow's runs have no Istio sidecar, and a profile's policy turns away what comes without one."""
+    for where, metadata, _ in pod_templates(objects("trainer")):
+        assert metadata["labels"]["sidecar.istio.io/inject"] == "false", where
 
 
 def test_sqlite_is_one_pod_on_a_volume_that_outlives_the_release():
@@ -452,6 +461,10 @@ class _Site(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(json.dumps(body).encode())
 
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.do_GET()
+
     def log_message(self, *arguments):
         pass
 
@@ -485,16 +498,16 @@ def test_helm_test_says_what_answers_and_what_does_not(monkeypatch, capsys):
                 exec(program, {"__name__": "__main__"})
             said = capsys.readouterr().out
             assert stopped.value.code == 1
-            assert "FAIL  S3: " in said
-            assert "NoSuchBucket" in said
-            assert "ok    Kubeflow Pipelines" in said
+            assert "failure  S3: s3://site/tunegate/helm-test: PutObject failed with NoSuchBucket" in said
+            assert "fix: aws s3 mb s3://site" in said
+            assert "ok  Kubeflow Pipelines" in said
             s3.create_bucket(Bucket="site")
             with pytest.raises(SystemExit) as stopped:
                 exec(program, {"__name__": "__main__"})
             said = capsys.readouterr().out
             assert stopped.value.code == 0, said
-            assert "MLflow: http" in said
-            assert "assistant" in said
+            assert "ok  MLflow: http" in said
+            assert "ok  S3: s3://site/tunegate/helm-test" in said
             assert s3.list_objects_v2(Bucket="site")["KeyCount"] == 0, "the test leaves something behind"
     finally:
         server.shutdown()

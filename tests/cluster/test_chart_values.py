@@ -30,7 +30,9 @@ def leaves(values, path=()):
 
 
 FREE = {("publish", "resources"), ("audit", "resources"), ("mlflow", "resources"), ("trainer", "resources")} | {
-    ("jobs", "podLabels")
+    ("jobs", "podLabels"),
+    ("mlflow", "podLabels"),
+    ("trainer", "podLabels"),
 }
 """Mappings with a default that are one setting."""
 
