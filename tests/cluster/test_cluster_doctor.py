@@ -12,7 +12,7 @@ from tunegate.cluster.doctor import examine, worst
 from tunegate.cluster.kube import Kube
 from tunegate.cluster.probes import ImageReference, probe_image
 from tunegate.errors import TunegateError
-from tunegate.resources import ResourcesSpec
+from tunegate.resources import ResourcesSpec, StageResources
 from tunegate.storage.probe import probe_s3
 from tunegate.tracking.probe import probe_mlflow
 
@@ -171,6 +171,44 @@ def test_service_account_without_permissions_gets_the_role_that_it_lacks(kubeflo
     assert len(lacking) == 2 and all(f.level == "failure" for f in lacking)
     assert "--verb=create --resource=workflowtaskresults.argoproj.io" in lacking[0].fix
     assert "--serviceaccount=kubeflow:pipeline-runner" in lacking[0].fix
+
+
+def test_what_is_asked_for_is_what_the_chart_gives(kubeflow, kube, bucket):
+    asked = []
+    kubeflow.allowed = lambda attributes: asked.append(attributes) or True
+    consult(kubeflow, kube)
+    found = {(a["verb"], a["resource"], a.get("name")) for a in asked}
+    assert found == {
+        ("create", "workflowtaskresults", None),
+        ("patch", "workflowtaskresults", None),
+        ("get", "configmaps", "kfp-launcher"),
+    }
+
+
+SPREAD = RESOURCES.model_copy(update={"stages": {"ppo": StageResources(nodes=3)}})
+RUNTIME = "/apis/trainer.kubeflow.org/v1alpha1/namespaces/kubeflow/trainingruntimes/tunegate-torch"
+
+
+def test_several_nodes_need_a_runtime_permissions_and_enough_accelerators(kubeflow, kube, bucket):
+    kubeflow.allowed = lambda attributes: attributes.get("subresource") != "log"
+    found, findings = consult(kubeflow, kube, resources=SPREAD)
+    assert found["trainer"].level == "failure" and "--set trainer.enabled=true" in found["trainer"].fix
+    (lacking,) = [f for f in findings if f.check == "service account"]
+    assert "pods/log" in lacking.message and "--verb=get --resource=pods/log" in lacking.fix
+    assert "asks for 6 nvidia.com/gpu on its nodes together, the cluster has 4" in found["accelerators"].message
+    kubeflow.allowed = lambda attributes: True
+    kubeflow.kubernetes[RUNTIME] = {"metadata": {"name": "tunegate-torch"}}
+    kubeflow.kubernetes["/api/v1/nodes"]["items"][1]["status"]["allocatable"]["nvidia.com/gpu"] = "4"
+    found, _ = consult(kubeflow, kube, resources=SPREAD)
+    assert found["trainer"].level == found["service account"].level == "ok"
+    assert "asks for 6 nvidia.com/gpu, the quota of kubeflow leaves 4" in found["accelerators"].message
+
+
+def test_kueue_s_older_api_is_found_too(kubeflow, kube, bucket):
+    place = "/apis/kueue.x-k8s.io/{}/namespaces/kubeflow/localqueues/gpu"
+    kubeflow.kubernetes[place.format("v1beta2")] = kubeflow.kubernetes.pop(place.format("v1beta1"))
+    found, _ = consult(kubeflow, kube)
+    assert found["queue"].level == "ok"
 
 
 def test_quota_that_is_used_up_is_told(kubeflow, kube, bucket):
