@@ -9,7 +9,12 @@ from tunegate.registry import names
 from tunegate.registry.evidence import DecisionFacts, GateFacts
 
 _CHARS = 4900  # MLflow's column takes 5,000
-_REPORT_FILES = {"report.html": "report of the run", "balance.svg": "balance over versions"}
+#: What the stages leave in the run's artifacts, as the page calls it.
+_RUN_FILES = {
+    "report.html": "report of the run",
+    "balance.svg": "balance over versions",
+    names.CARD_ARTIFACT: "model card",
+}
 _SIGNS = {"PROMOTE": "✓", "HOLD": "‖", "REJECT": "✗", "INVALID": "!"}
 #: Sections of the card that follow; the others say again what stands above, or are long tables.
 _SECTIONS = ("Data", "Limits", "Licence")
@@ -27,12 +32,12 @@ def describe(
         model_id: MLflow's logged model that holds card and evidence.
         report_run_id: The MLflow run that gets the run's report; None leaves its links out.
     """
-    model = f"#/experiments/{experiment_id}/models/{model_id}/artifacts"
-    links = {"model card": f"{model}/{names.MODEL_CARD}"}
-    links["evidence"] = f"{model}/{names.EVIDENCE_FOLDER}/{names.DECISION_FILE}"
+    links = {}
     if report_run_id:
         run = f"#/experiments/{experiment_id}/runs/{report_run_id}/artifacts"
-        links = {title: f"{run}/{file}" for file, title in _REPORT_FILES.items()} | links
+        links = {title: f"{run}/{file}" for file, title in _RUN_FILES.items()}
+    # MLflow has no address for a single file of a logged model.
+    links["files and evidence"] = f"#/experiments/{experiment_id}/models/{model_id}/artifacts"
     parts = [
         f"**Gates: {facts.verdict}**",
         "\n".join(f"- {reason}" for reason in facts.reasons[:8]),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tunegate.stages.card import card_facts
 from tunegate.stages.context import Outcome, StageContext, run_stage
-from tunegate.stages.versions import record_balance
+from tunegate.stages.versions import parent_run, record_balance
 
 
 def run(*, spec: Path, candidate: Path, evaluation: Path, decision: Path) -> str:
@@ -24,10 +24,13 @@ def run(*, spec: Path, candidate: Path, evaluation: Path, decision: Path) -> str
     """
 
     def body(context: StageContext) -> Outcome:
+        from tunegate.registry import names
         from tunegate.registry.model_card import model_card
         from tunegate.registry.registry import register
 
-        facts = card_facts(context, json.loads((decision / "decision.json").read_text()))
+        card = model_card(card_facts(context, json.loads((decision / "decision.json").read_text())))
+        if (parent := parent_run(context)) is not None:
+            context.tracker.log_text(parent, card, names.CARD_ARTIFACT)
         # The run may have begun during an outage, or unsent: MLflow's own id is what the version links to.
         context.tracker.flush()
         registered = register(
@@ -40,9 +43,9 @@ def run(*, spec: Path, candidate: Path, evaluation: Path, decision: Path) -> str
             mlflow_run_id=context.tracker.resolve(context.mlflow_run_id),
             metrics=_figures(context),
             lineage=context.lineage(),
-            model_card=model_card(facts),
+            model_card=card,
             experiment=context.spec.tracking.experiment,
-            report_run_id=_report_run(context),
+            report_run_id=None if parent is None else context.tracker.resolve(parent),
         )
         return Outcome(
             summary=f"{registered.name} version {registered.version}, alias {registered.alias}",
@@ -61,12 +64,6 @@ def run(*, spec: Path, candidate: Path, evaluation: Path, decision: Path) -> str
         live=True,
     )
     return record.values["version"]
-
-
-def _report_run(context: StageContext) -> str | None:
-    """The run's parent in MLflow, which gets the report when the run ends."""
-    record = context.run.read_run()
-    return None if record is None or record.mlflow_run_id is None else context.tracker.resolve(record.mlflow_run_id)
 
 
 def _figures(context: StageContext) -> dict[str, float]:

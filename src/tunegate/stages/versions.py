@@ -26,11 +26,16 @@ def record_balance(context: StageContext) -> dict[str, bytes]:
     except TunegateError as error:
         context.observer.note(f"the balance over versions was not drawn: {error}")
         return {}
-    record = context.run.read_run()
-    picture = draw_versions(found)
-    if picture is not None and record is not None and record.mlflow_run_id:
-        context.tracker.log_text(record.mlflow_run_id, picture, PICTURE_FILE)
+    parent, picture = parent_run(context), draw_versions(found)
+    if picture is not None and parent is not None:
+        context.tracker.log_text(parent, picture, PICTURE_FILE)
     return {BALANCE_FILE: found.model_dump_json(indent=2).encode()}
+
+
+def parent_run(context: StageContext) -> str | None:
+    """The MLflow run of the whole pipeline run, which gets its report when it ends."""
+    record = context.run.read_run()
+    return None if record is None else record.mlflow_run_id
 
 
 def draw_versions(found: VersionBalance) -> str | None:

@@ -99,7 +99,7 @@ def test_a_pages_description_has_one_line_a_gate_with_a_figure():
     assert "comparable" not in text
     assert text.count("- r\n") == 8
     assert "[balance over versions](#/experiments/7/runs/abc/artifacts/balance.svg)" in text
-    assert "[evidence](#/experiments/7/models/m-1/artifacts/tunegate/decision.json)" in text
+    assert "[files and evidence](#/experiments/7/models/m-1/artifacts)" in text
 
 
 def test_what_is_not_known_is_said_where_it_matters():

@@ -69,8 +69,10 @@ def test_a_version_carries_its_files_evidence_tags_and_links(uri, tmp_path):
     )
     assert version.description.endswith("\n\nMade by hand.\n\n### Limits\n\n- few\n")
     model = f"#/experiments/{experiment}/models/{registered.model_id}/artifacts"
-    assert f"[model card]({model}/README.md)" in version.description
-    assert f"[report of the run](#/experiments/{experiment}/runs/{run_id}/artifacts/report.html)" in version.description
+    run = f"#/experiments/{experiment}/runs/{run_id}/artifacts"
+    assert f"[files and evidence]({model})" in version.description
+    assert f"[model card]({run}/model_card.md)" in version.description
+    assert f"[report of the run]({run}/report.html)" in version.description
     tags = version.tags
     assert tags["tunegate.model_digest"] == made.digest
     assert tags["tunegate.verdict"] == "PROMOTE"
