@@ -79,9 +79,10 @@ def _spec_of(model: str, file: Path | None, profile: str | None, assignments: li
     from tunegate.config import build_spec, load_spec, parse_assignments, resolve_paths
     from tunegate.storage.runs import list_runs
 
-    own = {"storage": {"root": root}} if root != DEFAULT_ROOT else {}
+    here = {"storage": {"root": root}}
     if file is not None or profile is not None:
-        found = load_spec(file, profile=profile, assignments=assignments, overrides=own)
+        given = here if root != DEFAULT_ROOT else {}
+        found = load_spec(file, profile=profile, assignments=assignments, overrides=given)
     else:
         name = model.partition("@")[0]
         made = [
@@ -97,7 +98,7 @@ def _spec_of(model: str, file: Path | None, profile: str | None, assignments: li
                 fix=f"give a spec file or --profile; without one, a run of {root} or a model that one registered",
             )
         layer = {key: value for key, value in made[-1].spec.items() if key != "name"}
-        found = resolve_paths(build_spec(layer, parse_assignments(assignments), own), Path.cwd())
+        found = resolve_paths(build_spec(layer, parse_assignments(assignments), here), Path.cwd())
     label = Path(model.partition("@")[0]).name or model
     return found.model_copy(update={"name": f"evaluation of {label}"[:80]})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
@@ -22,6 +22,14 @@ STAGES = (
     ("decide", "Decide"),
     ("register", "Register"),
     ("promote", "Promote"),
+    ("finish", "Report"),
+)
+EVALUATION_STAGES = (
+    ("preflight", "Preflight"),
+    ("ingest", "Ingest"),
+    ("fetch", "Fetch the model"),
+    ("evaluate", "Evaluate"),
+    ("decide", "Decide"),
     ("finish", "Report"),
 )
 _PLAIN_SECONDS = 10.0
@@ -70,11 +78,11 @@ class PlainView:
 class LiveView:
     """A table of the stages that is redrawn in place: state, time, bar with rate and remaining time, latest figures."""
 
-    def __init__(self) -> None:
+    def __init__(self, stages: Sequence[tuple[str, str]] = STAGES) -> None:
         from rich.console import Console
         from rich.live import Live
 
-        self._rows = {stage: _Row(title) for stage, title in STAGES}
+        self._rows = {stage: _Row(title) for stage, title in stages}
         self._console = Console(stderr=True)
         self._live = Live(console=self._console, refresh_per_second=5, get_renderable=self._render, transient=True)
 
@@ -173,7 +181,9 @@ class VerboseView(PlainView):
             print(line, end="", file=self._stream, flush=True)
 
 
-def choose_view(*, verbose: bool, quiet: bool, log_path: str) -> PlainView | LiveView:
+def choose_view(
+    *, verbose: bool, quiet: bool, log_path: str, pipeline: str = "instruction-tuning"
+) -> PlainView | LiveView:
     """The view that fits: quiet for `--json`, everything for `--verbose`, live in a terminal, else plain lines."""
     import os
 
@@ -181,4 +191,5 @@ def choose_view(*, verbose: bool, quiet: bool, log_path: str) -> PlainView | Liv
         return PlainView(open(os.devnull, "w"))  # noqa: PTH123
     if verbose:
         return VerboseView(log_path)
-    return LiveView() if sys.stderr.isatty() else PlainView()
+    stages = EVALUATION_STAGES if pipeline == "evaluation" else STAGES
+    return LiveView(stages) if sys.stderr.isatty() else PlainView()

@@ -85,7 +85,7 @@ def run_pipeline(
     log = run_folder(spec, run_id) / "pipeline.log"
     if not as_json:
         typer.secho(f"run {run_id}", bold=True, err=True)
-    view = choose_view(verbose=verbose, quiet=as_json, log_path=str(log))
+    view = choose_view(verbose=verbose, quiet=as_json, log_path=str(log), pipeline=pipeline)
     try:
         with view:
             outcome = start(

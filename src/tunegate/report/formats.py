@@ -11,6 +11,7 @@ DASH = "–"
 _STAGE_TITLES = {
     "preflight": "Preflight",
     "ingest": "Ingest",
+    "fetch": "The model fetched",
     "validate": "Data validation",
     "sft": "Supervised fine-tuning",
     "guard": "Safety after SFT",

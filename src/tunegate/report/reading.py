@@ -149,10 +149,14 @@ def _lineage(
     return _derived_lineage(stages, registration)
 
 
-#: Name and colour of what the stages of the instruction-tuning pipeline make.
+#: Name and colour of what the stages of the pipelines make.
 _ARTIFACTS: dict[tuple[str, str], tuple[str, str]] = {
     ("ingest", "dataset"): ("Dataset", "other"),
     ("ingest", "base_model"): ("Base model", "anchor"),
+    ("fetch", "candidate"): ("Evaluated model", "candidate"),
+    ("fetch", "sft_model"): ("SFT model", "sft"),
+    ("fetch", "reward"): ("Reward model", "reward"),
+    ("fetch", "judge"): ("Judge", "reward"),
     ("validate", "clean"): ("Clean data", "other"),
     ("validate", "quarantine"): ("Quarantine", "other"),
     ("sft", "model"): ("SFT model", "sft"),
@@ -170,8 +174,17 @@ _INPUTS: dict[str, tuple[str, ...]] = {
     "guard": ("Base model", "SFT model", "Clean data"),
     "reward": ("SFT model", "Clean data"),
     "ppo": ("SFT model", "Reward model", "Judge", "Clean data"),
-    "evaluate": ("Base model", "SFT model", "PPO model", "Reward model", "Judge", "Clean data"),
-    "decide": ("Evaluation", "PPO model"),
+    "evaluate": (
+        "Base model",
+        "SFT model",
+        "PPO model",
+        "Evaluated model",
+        "Reward model",
+        "Judge",
+        "Clean data",
+        "Dataset",
+    ),
+    "decide": ("Evaluation", "PPO model", "Evaluated model"),
 }
 
 
@@ -189,6 +202,8 @@ def _derived_lineage(stages: Sequence[StageRecord], registration: Registration |
         name = f"Version {registration.version}"
         nodes.append(LineageNode(name, "registered", "", "candidate"))
         edges += [("PPO model", name), ("Decision", name)]
+    if "Clean data" in names:  # only without a data gate is the dataset itself what is evaluated on
+        edges = [edge for edge in edges if edge != ("Dataset", "Evaluation")]
     edges = [edge for edge in edges if edge[0] in names]
     return Lineage(nodes, edges) if len(nodes) > 1 else None
 

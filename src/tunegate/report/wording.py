@@ -9,6 +9,7 @@ from tunegate.storage.runs import RunRecord, StageRecord
 STAGE_ORDER = (
     "preflight",
     "ingest",
+    "fetch",
     "validate",
     "sft",
     "guard",
