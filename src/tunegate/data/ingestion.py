@@ -26,6 +26,7 @@ from tunegate.data.tables import (
     parquet_path,
     quarantine_row,
     quarantine_schema,
+    read_batches,
 )
 from tunegate.errors import DataError
 from tunegate.observer import Observer
@@ -241,7 +242,7 @@ class _Ingestion:
         which = np.repeat(np.arange(len(counts)), [len(c) for c in counts])
         first = 0
         with pq.ParquetFile(staged) as file:
-            for batch in file.iter_batches(batch_size=BATCH_ROWS):
+            for batch in read_batches(file, rows=BATCH_ROWS):
                 for offset, row in enumerate(batch.to_pylist()):
                     number = first + offset
                     if of_row[number]:

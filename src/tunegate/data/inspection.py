@@ -24,7 +24,7 @@ from tunegate.data.checks.lengths import TokenCounter
 from tunegate.data.checks.made import make_checks
 from tunegate.data.config import DataSpec
 from tunegate.data.records import KINDS, Kind
-from tunegate.data.tables import parquet_path
+from tunegate.data.tables import parquet_path, read_batches
 from tunegate.errors import DataError
 from tunegate.observer import Observer
 
@@ -128,7 +128,7 @@ def read_slice(dataset: Path, part: Slice) -> Iterator[Batch]:
     """The batches of a slice; rows keep the numbers that they have in the file."""
     first = part.first
     with pq.ParquetFile(parquet_path(dataset, part.kind)) as file:
-        for piece in file.iter_batches(batch_size=_BATCH_ROWS, row_groups=list(part.groups)):
+        for piece in read_batches(file, rows=_BATCH_ROWS, groups=part.groups):
             yield Batch(part.kind, pa.Table.from_batches([piece]), first)
             first += piece.num_rows
 

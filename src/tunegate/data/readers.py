@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tunegate.data.faults import RowError
+from tunegate.data.tables import read_batches
 from tunegate.errors import DataError
 
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -352,7 +353,7 @@ def _read_parquet(file: _File) -> Iterator[RawRow]:
     line = 0
     try:
         with pq.ParquetFile(file.path) as table:
-            for batch in table.iter_batches(batch_size=1024):
+            for batch in read_batches(table, rows=1024):
                 for value in batch.to_pylist():
                     line += 1
                     yield RawRow(line, value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -13,6 +13,7 @@ from tunegate.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 BATCH_ROWS = 8192
 QUARANTINE_NAME = "quarantine.parquet"
@@ -137,6 +138,23 @@ class TableWriter:
             self._rows = []
 
 
+def read_batches(
+    file: pq.ParquetFile, *, rows: int, columns: Sequence[str] | None = None, groups: Sequence[int] | None = None
+) -> Iterator[pa.RecordBatch]:
+    """The rows of a Parquet file in batches, in memory that does not grow with the file.
+
+    One row group after the other: a reader of several keeps what it has read until it ends.
+
+    Args:
+        file: The open file.
+        rows: At most so many rows a batch.
+        columns: Only these; None: all.
+        groups: Only these row groups, in this order; None: all.
+    """
+    for group in range(file.metadata.num_row_groups) if groups is None else groups:
+        yield from file.iter_batches(batch_size=rows, columns=columns, row_groups=[group])
+
+
 def quarantine_row(
     *, kind: str, row: Any, reasons: Iterable[tuple[str, str, str]], id: str, source: str, file: str, line: int
 ) -> dict[str, Any]:
@@ -225,7 +243,7 @@ def read_records(dataset: Path, kind: Kind, split: Split | None = None) -> Any:
         )
     records: list[Record] = []
     with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=BATCH_ROWS):
+        for batch in read_batches(file, rows=BATCH_ROWS):
             for row in batch.to_pylist():
                 if split is None or row["split"] == split:
                     records.extend([record_of(kind, row)] * row["repeats"])

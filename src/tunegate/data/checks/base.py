@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from tunegate.data.config import CheckSpec
 from tunegate.data.records import KINDS, Kind
 from tunegate.data.results import Histogram, Interval
-from tunegate.data.tables import parquet_path
+from tunegate.data.tables import parquet_path, read_batches
 
 Action = Literal["quarantine", "redact", "report"]
 
@@ -204,7 +204,7 @@ def batches(dataset: Path, kind: Kind, *, rows: int = _ROWS, columns: Sequence[s
     """The rows of a kind, batch by batch, in the order of the file; all columns or some."""
     first = 0
     with pq.ParquetFile(parquet_path(dataset, kind)) as file:
-        for record_batch in file.iter_batches(batch_size=rows, columns=columns):
+        for record_batch in read_batches(file, rows=rows, columns=columns):
             yield Batch(kind, pa.Table.from_batches([record_batch]), first)
             first += record_batch.num_rows
 
