@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tunegate.training.accumulation import accumulate
 from tunegate.training.batching import chunks
 
-_CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
+_CHUNK_BYTES = {"cpu": 96 << 20, "cuda": 512 << 20}
 
 
 def chunk_rows(vocabulary: int, device: torch.device) -> int:
@@ -53,6 +54,15 @@ def _logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tens
     return nn.functional.linear(hidden_CD, weight_VD, bias_V).float()
 
 
+def _added(total: Tensor | None, part: Tensor) -> Tensor:
+    """Sums of chunks are kept in fp32; the only chunk of a short batch stays as it is."""
+    if total is None:
+        return part
+    total = total.float()
+    accumulate(total, part)
+    return total
+
+
 class _SumNLL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor) -> Tensor:
@@ -60,24 +70,23 @@ class _SumNLL(torch.autograd.Function):
         rows = chunk_rows(weight_VD.shape[0], hidden_ND.device)
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         hidden_grad_ND = torch.empty_like(hidden_ND) if needs_hidden else None
-        weight_grad_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
-        bias_grad_V = torch.zeros_like(bias_V, dtype=torch.float32) if needs_bias and bias_V is not None else None
+        weight_grad_VD: Tensor | None = None
+        bias_grad_V: Tensor | None = None
         for part in chunks(len(targets_N), rows):
             hidden_CD, targets_C1 = hidden_ND[part], targets_N[part, None]
-            logits_CV = _logits(hidden_CD, weight_VD, bias_V)
-            lse_C1 = logits_CV.logsumexp(dim=1, keepdim=True)
-            total += (lse_C1 - logits_CV.gather(1, targets_C1)).sum()
+            logprobs_CV = _logits(hidden_CD, weight_VD, bias_V).log_softmax(dim=1)
+            total -= logprobs_CV.gather(1, targets_C1).sum()
             if not (needs_hidden or needs_weight or needs_bias):
                 continue
-            grad_CV = logits_CV.sub_(lse_C1).exp_()  # softmax, in place
-            grad_CV.scatter_add_(1, targets_C1, torch.full_like(lse_C1, -1.0))
-            if bias_grad_V is not None:
-                bias_grad_V += grad_CV.sum(0)
+            grad_CV = logprobs_CV.exp_()  # softmax, in place
+            grad_CV.scatter_add_(1, targets_C1, torch.full_like(targets_C1, -1.0, dtype=grad_CV.dtype))
+            if needs_bias:
+                bias_grad_V = _added(bias_grad_V, grad_CV.sum(0))
             grad_CV = grad_CV.to(hidden_ND.dtype)
             if hidden_grad_ND is not None:
                 torch.mm(grad_CV, weight_VD, out=hidden_grad_ND[part])
-            if weight_grad_VD is not None:
-                weight_grad_VD += grad_CV.T @ hidden_CD
+            if needs_weight:
+                weight_grad_VD = _added(weight_grad_VD, grad_CV.T @ hidden_CD)
         ctx.dtypes = (weight_VD.dtype, None if bias_V is None else bias_V.dtype)
         ctx.save_for_backward(hidden_grad_ND, weight_grad_VD, bias_grad_V)
         return total

@@ -27,6 +27,8 @@ from tunegate.training.attention import register
 from tunegate.training.batching import Batch, visible_keys
 from tunegate.training.chat import PLAIN_TEMPLATE, Chat
 from tunegate.training.config import BUNDLED_MODEL, TINY_MODEL, Attention, ModelSpec, Precision
+from tunegate.training.measure import reuse_memory
+from tunegate.training.norm import use_fast_norms
 from tunegate.training.results import ModelFacts
 
 RUNTIME_FILE = "runtime.json"
@@ -297,6 +299,9 @@ def _load(
                 value=str(error).strip().splitlines()[0],
                 fix="check config.json, the weights and model.attention",
             ) from error
+    if device.type == "cpu":
+        reuse_memory()
+        use_fast_norms(model)
     return model.to(device).eval()
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tunegate.training.accumulation import accumulate
 from tunegate.training.config import OptimizerSpec, Schedule
 from tunegate.training.ranks import sum_gradients, sum_over_ranks
 from tunegate.training.sharding import Layout, local_tensor
@@ -251,7 +252,7 @@ def _master(source: nn.Parameter, parameter: Tensor) -> nn.Parameter:
         if master.grad is None:
             master.grad = gradient.float()
         else:
-            master.grad += gradient
+            accumulate(master.grad, gradient)
         held.grad = None
 
     source.register_post_accumulate_grad_hook(move)  # type: ignore[no-untyped-call]

@@ -133,6 +133,7 @@ def train_reward(
     heldout = evaluate_reward(reward, pairs, heldout_pairs, heldout_ratings, scale=scale, observer=observer)
     observer.metrics(headline(heldout), run.progress.step)
     result = run.result(head, heldout)
+    release_memory()
     if world()[0] == 0:
         reward.save(out, like=model)
         (out / RESULT_FILE).write_text(result.model_dump_json(indent=2) + "\n")
@@ -346,7 +347,6 @@ class _Run:
             (weight * loss).backward()  # type: ignore[no-untyped-call]
             totals += weight * torch.tensor([float(loss.detach()), right, pairs], dtype=torch.float64)
         report = optimizer.step()
-        release_memory()
         loss_sum, right_sum, pair_count = sum_over_ranks(totals).tolist()
         seconds = time.perf_counter() - started
         state.step += 1

@@ -147,6 +147,7 @@ def train_sft(
         run.keep_best()
     after = answer_nll(language_model, chat, measured, observer) if measured.rows else None
     result = run.result(after)
+    release_memory()
     if world()[0] == 0:
         save_model(language_model, chat.tokenizer, out, like=model)
         (out / RESULT_FILE).write_text(result.model_dump_json(indent=2) + "\n")
@@ -259,7 +260,6 @@ class _Run:
             (loss / answer_tokens).backward()  # type: ignore[no-untyped-call]
             loss_sum += loss.detach()
         report = self.optimizer.step()
-        release_memory()
         mean_loss = float(sum_over_ranks(loss_sum)) / answer_tokens
         seconds = time.perf_counter() - started
         tokens = sum(len(row.ids) for row in step_rows)

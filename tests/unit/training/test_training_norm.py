@@ -1,0 +1,104 @@
+"""RMS norms with a closed-form gradient, and sums of gradients in fp32."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from tunegate.training.accumulation import accumulate
+from tunegate.training.norm import use_fast_norms
+
+
+def norms(dtype: torch.dtype, width: int = 48) -> tuple[nn.Module, nn.Module]:
+    """A Llama norm as it is, and the same with the closed-form gradient."""
+    plain = LlamaRMSNorm(width, eps=1e-5)
+    with torch.no_grad():
+        plain.weight.copy_(1.0 + 0.1 * torch.randn(width, generator=torch.Generator().manual_seed(1)))
+    plain = plain.to(dtype)
+    fast = nn.Sequential(copy.deepcopy(plain))
+    assert use_fast_norms(fast) == 1
+    assert use_fast_norms(fast) == 0  # a second time changes nothing
+    return plain, fast[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_output_is_the_models_own_to_the_last_bit(dtype: torch.dtype) -> None:
+    plain, fast = norms(dtype)
+    hidden = torch.randn(3, 5, 48, generator=torch.Generator().manual_seed(2)).to(dtype)
+    assert torch.equal(plain(hidden), fast(hidden))
+    with torch.no_grad():
+        assert torch.equal(plain(hidden), fast(hidden))
+    assert isinstance(fast, LlamaRMSNorm)
+    assert list(fast.state_dict()) == ["weight"]
+
+
+def gradients(norm: nn.Module, hidden: torch.Tensor, upstream: torch.Tensor) -> list[torch.Tensor]:
+    hidden = hidden.detach().clone().requires_grad_()
+    return list(torch.autograd.grad(norm(hidden), [hidden, norm.weight], upstream))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 8e-3)])
+def test_the_gradient_is_that_of_the_formula_in_fp64(dtype: torch.dtype, tolerance: float) -> None:
+    _, fast = norms(dtype)
+    generator = torch.Generator().manual_seed(3)
+    hidden, upstream = (torch.randn(4, 7, 48, generator=generator).to(dtype) for _ in range(2))
+    exact = hidden.double().requires_grad_()
+    weight = fast.weight.detach().double().requires_grad_()
+    output = weight * exact * (exact.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    expected = torch.autograd.grad(output, [exact, weight], upstream.double())
+    for found, wanted in zip(gradients(fast, hidden, upstream), expected, strict=True):
+        assert found.dtype == dtype
+        assert float((found.double() - wanted).abs().max() / wanted.abs().max()) < tolerance
+
+
+def test_the_bf16_gradient_is_no_worse_than_autograds() -> None:
+    plain, fast = norms(torch.bfloat16)
+    generator = torch.Generator().manual_seed(4)
+    hidden, upstream = (torch.randn(64, 48, generator=generator).bfloat16() for _ in range(2))
+    exact_norm = copy.deepcopy(plain).double()
+    exact = hidden.double().requires_grad_()
+    weight = exact_norm.weight
+    output = weight * exact * (exact.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    wanted = torch.autograd.grad(output, exact, upstream.double())[0]
+    error_fast = (gradients(fast, hidden, upstream)[0].double() - wanted).norm()
+    error_plain = (gradients(plain, hidden, upstream)[0].double() - wanted).norm()
+    assert float(error_fast) <= 1.05 * float(error_plain)
+
+
+def test_a_frozen_weight_gets_no_gradient_and_upstream_stays_as_it_was() -> None:
+    _, fast = norms(torch.float32)
+    fast.weight.requires_grad_(False)
+    hidden = torch.randn(2, 48, generator=torch.Generator().manual_seed(5)).requires_grad_()
+    upstream = torch.ones(2, 48)
+    fast(hidden).backward(upstream)
+    assert hidden.grad is not None and fast.weight.grad is None
+    assert torch.equal(upstream, torch.ones(2, 48))
+
+
+def test_a_norm_with_another_formula_is_left_alone() -> None:
+    gemma = nn.Sequential(GemmaRMSNorm(16))
+    with torch.no_grad():
+        gemma[0].weight.fill_(0.3)
+    assert use_fast_norms(gemma) == 0
+    assert type(gemma[0]) is GemmaRMSNorm
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_accumulate_adds_every_element_once(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(6)
+    total = torch.randn(700, 600, generator=generator)  # more than one block
+    part = torch.randn(700, 600, generator=generator).to(dtype)
+    expected = total.double() + part.double()
+    accumulate(total, part)
+    assert torch.equal(total, expected.float())
+
+
+def test_accumulate_takes_transposed_parts() -> None:
+    total, part = torch.zeros(5, 3), torch.arange(15.0).bfloat16().view(3, 5).T
+    accumulate(total, part)
+    assert torch.equal(total, part.float())
