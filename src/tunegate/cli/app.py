@@ -49,7 +49,17 @@ def emit_json(value: Any) -> None:
 
 def run_app() -> None:
     """Run the command line; a foreseen failure is one readable message and its exit code."""
-    from tunegate.cli import chat, cluster, data, evaluate, gates, models, runs, spec  # noqa: F401  (they register their commands)
+    from tunegate.cli import (  # noqa: F401  (they register their commands)
+        chat,
+        cluster,
+        data,
+        evaluate,
+        gates,
+        models,
+        runs,
+        spec,
+        train,
+    )
 
     try:
         app()

@@ -31,7 +31,7 @@ def run(
         spec: The spec artifact.
         dataset: The clean dataset, for its prompts (and preferences, for DPO).
         sft_model: The initial policy and the reference.
-        reward: The reward model.
+        reward: The reward model, or the mark of its absence.
         judge: The reward model that PPO never sees, or the mark of its absence.
         model: Where the candidate goes.
         metrics: Kubeflow's metrics artifact.
@@ -60,14 +60,14 @@ def _rollouts(context: StageContext, inputs: Mapping[str, Path], model: Path) ->
     """PPO, GRPO or RLOO."""
     from tunegate.training.ppo import train_ppo
 
-    dataset, judge = inputs["dataset"], inputs["judge"]
+    dataset, reward, judge = inputs["dataset"], inputs["reward"], inputs["judge"]
     prompts, heldout = read_records(dataset, "prompts", "train"), read_records(dataset, "prompts", "heldout")
     context.log_dataset("prompts", len(prompts), "training", "dataset")
     result = train(
         context,
         train_ppo,
         inputs["sft_model"],
-        inputs["reward"],
+        None if absent(reward) else reward,
         prompts,
         heldout,
         model,
@@ -88,7 +88,7 @@ def _dpo(context: StageContext, inputs: Mapping[str, Path], model: Path) -> Outc
     """The preferences themselves; reward model and judge only measure."""
     from tunegate.training.dpo import train_dpo
 
-    dataset, judge = inputs["dataset"], inputs["judge"]
+    dataset, reward, judge = inputs["dataset"], inputs["reward"], inputs["judge"]
     pairs, heldout = read_records(dataset, "preferences", "train"), read_records(dataset, "preferences", "heldout")
     context.log_dataset("preferences", len(pairs), "training", "dataset")
     result = train(
@@ -101,7 +101,7 @@ def _dpo(context: StageContext, inputs: Mapping[str, Path], model: Path) -> Outc
         model,
         spec=context.spec.dpo,
         seed=context.seed,
-        reward=inputs["reward"],
+        reward=None if absent(reward) else reward,
         judge=None if absent(judge) else judge,
     )
     figures: dict[str, float] = {"train/steps": result.steps, "train/seconds": result.seconds}

@@ -36,7 +36,7 @@ def test_there_are_commands_to_check():
 def test_every_documented_command_exists(words):
     from typer.main import get_command
 
-    from tunegate.cli import chat, cluster, data, gates, models, runs, spec  # noqa: F401
+    from tunegate.cli import chat, cluster, data, evaluate, gates, models, runs, spec, train  # noqa: F401
     from tunegate.cli.app import app
 
     command = get_command(app)
