@@ -368,7 +368,7 @@ _ROUTES = [
     ("GET", f"{_V2}/recurringruns", _Handler.list_schedules),
     ("DELETE", f"{_V2}/recurringruns/([^/:]+)", _Handler.delete_schedule),
     ("POST", "/apis/authorization.k8s.io/v1/subjectaccessreviews", _Handler.access_review),
-    ("GET", r"(/api/v1/.*|/apis/(?:kueue\.x-k8s\.io|trainer\.kubeflow\.org)/.*)", _Handler.kubernetes),
+    ("GET", r"(/api/v1/.*|/apis/(?:apps|kueue\.x-k8s\.io|trainer\.kubeflow\.org)/.*)", _Handler.kubernetes),
     ("GET", "/api/2.0/mlflow/(.*)", _Handler.mlflow),
     ("POST", "/api/2.0/mlflow/(.*)", _Handler.mlflow),
     ("HEAD", "/v2/(.+)/manifests/(.+)", _Handler.manifest),

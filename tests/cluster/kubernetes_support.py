@@ -291,7 +291,8 @@ def assert_consistent(items: list[Object], *, outside: Iterable[str] = ()) -> No
             case "RoleBinding":
                 need(where, item["roleRef"]["kind"], item["roleRef"]["name"])
                 for subject in item["subjects"]:
-                    need(where, "ServiceAccount", subject["name"])
+                    if subject["kind"] == "ServiceAccount":
+                        need(where, "ServiceAccount", subject["name"])
             case "ServiceMonitor":
                 selector = item["spec"]["selector"]["matchLabels"]
                 services = [s["metadata"]["labels"] for s in items if s["kind"] == "Service"]
@@ -321,6 +322,9 @@ def assert_least_privilege(items: list[Object]) -> None:
             if {"secrets", "configmaps"} & set(rule["resources"]):
                 assert rule["verbs"] == ["get"], rule
                 assert rule["resourceNames"], rule
+            if rule["verbs"] == ["use"]:  # Kubeflow asks about it; Kubernetes itself gives nothing for it
+                assert rule["resources"] == ["serviceaccounts"] and len(rule["resourceNames"]) == 1, rule
+                continue
             writes = set(rule["verbs"]) - {"get", "list", "watch"}
             if writes and rule["apiGroups"] == [""]:
                 assert rule["resources"] == ["persistentvolumeclaims"], rule

@@ -186,6 +186,19 @@ def test_trainjobs_are_permitted_only_where_trainer_is_used():
     assert {case for case in CASES if "trainer.kubeflow.org" in groups[case]} == {"trainer", "trainer-cpu"}
 
 
+def test_the_runner_s_account_may_be_used_by_those_who_are_named():
+    (rule,) = rules_of(objects("tenant"), "-runner-user")
+    assert rule == {
+        "apiGroups": [""],
+        "resources": ["serviceaccounts"],
+        "resourceNames": ["tunegate-runner"],
+        "verbs": ["use"],
+    }
+    (binding,) = named("tenant", "RoleBinding", "-runner-user")
+    assert [s["name"] for s in binding["subjects"]] == ["alice@example.com", "default-editor"]
+    assert named("standalone", "RoleBinding", "-runner-user") == []
+
+
 def test_the_publisher_has_rights_only_where_kubeflow_asks_for_them():
     assert rules_of(objects("standalone"), "-publisher") == []
     assert rules_of(objects("tenant"), "-publisher") == [

@@ -251,7 +251,7 @@ def permission_rows():
     rows = set()
     for line in (REPOSITORY / "docs" / "cluster" / "permissions.md").read_text().splitlines():
         cells = [cell.strip(" `") for cell in line.strip("|").split("|")]
-        if len(cells) == 6 and cells[0] in {"runner", "publisher"}:
+        if len(cells) == 6 and cells[0] in {"runner", "runner-user", "publisher"}:
             role, group, resource, verbs, _, why = cells
             assert why, line
             rows.add((role, "" if group == "core" else group, resource, verbs))
@@ -267,7 +267,7 @@ def test_the_table_of_permissions_is_complete_and_has_nothing_else():
         namespace = "team-a" if values.get("kfp", {}).get("multiUser") else "kubeflow"
         text = "".join(f"---\n{b}\n" for p, b in render_chart(values, namespace=namespace).items() if "rbac" in p)
         items = read_documents(text)
-        for role in ("runner", "publisher"):
+        for role in ("runner", "runner-user", "publisher"):
             for rule in rules_of(items, f"-{role}"):
                 for group in rule["apiGroups"]:
                     for resource in rule["resources"]:

@@ -199,6 +199,28 @@ def test_run_is_created_with_version_parameters_and_experiment(kubeflow, cluster
     assert len(kubeflow.experiments) == 1
 
 
+@pytest.mark.parametrize(("status", "code"), [(400, 3), (403, 7)])
+def test_an_account_that_kubeflow_does_not_allow_comes_with_the_way_out(kubeflow, cluster, status, code):
+    version = cluster.version(cluster.upload(COMPILED).pipeline_id)
+    message = 'service account "tunegate-runner" is not in the allowed service accounts list'
+    body = json.dumps({"code": code, "message": message})
+    kubeflow.fail((status, {}, body), path="/runs")
+    with pytest.raises(RefusedError) as caught:
+        cluster.create_run(name="r", version=version, parameters={}, experiment="e", service_account="tunegate-runner")
+    assert message in caught.value.reason and "ALLOWEDSERVICEACCOUNTS" in caught.value.fix
+    assert caught.value.key == "--service-account"
+    kubeflow.fail((status, {}, body), path="/recurringruns")
+    with pytest.raises(RefusedError, match="ALLOWEDSERVICEACCOUNTS"):
+        cluster.schedule(
+            name="s",
+            version=version,
+            parameters={},
+            experiment="e",
+            cron="0 0 3 * * *",
+            service_account="tunegate-runner",
+        )
+
+
 @pytest.mark.parametrize("fault", [DROP, 503])
 def test_run_whose_answer_is_lost_is_found_and_not_started_twice(kubeflow, cluster, fault):
     uploaded = cluster.upload(COMPILED)

@@ -204,6 +204,27 @@ def test_several_nodes_need_a_runtime_permissions_and_enough_accelerators(kubefl
     assert "asks for 6 nvidia.com/gpu, the quota of kubeflow leaves 4" in found["accelerators"].message
 
 
+def test_an_account_of_one_s_own_must_be_allowed(kubeflow, kube, bucket):
+    def deployed(*variables):
+        container = {"name": "ml-pipeline-api-server", "env": list(variables)}
+        template = {"metadata": {}, "spec": {"containers": [container]}}
+        kubeflow.kubernetes["/apis/apps/v1/namespaces/kubeflow/deployments/ml-pipeline"] = {
+            "metadata": {"name": "ml-pipeline"},
+            "spec": {"selector": {}, "template": template},
+        }
+
+    kubeflow.kubernetes[f"{CORE}/serviceaccounts/tunegate-runner"] = {"metadata": {"name": "tunegate-runner"}}
+    deployed({"name": "ALLOWEDSERVICEACCOUNTS", "value": "other"})
+    found, _ = consult(kubeflow, kube, service_account="tunegate-runner")
+    assert found["allowed accounts"].level == "warning"
+    assert found["allowed accounts"].fix.endswith("ALLOWEDSERVICEACCOUNTS=other,tunegate-runner")
+    deployed({"name": "ALLOWEDSERVICEACCOUNTS", "value": "other, tunegate-runner"})
+    found, _ = consult(kubeflow, kube, service_account="tunegate-runner")
+    assert found["allowed accounts"].level == "ok"
+    deployed()
+    assert "allowed accounts" not in consult(kubeflow, kube)[0], "Kubeflow's own account is always allowed"
+
+
 def test_kueue_s_older_api_is_found_too(kubeflow, kube, bucket):
     place = "/apis/kueue.x-k8s.io/{}/namespaces/kubeflow/localqueues/gpu"
     kubeflow.kubernetes[place.format("v1beta2")] = kubeflow.kubernetes.pop(place.format("v1beta1"))

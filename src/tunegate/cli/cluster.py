@@ -679,6 +679,7 @@ def doctor(
         root=named,
         tracking_uri=tracking_uri or (resolved.tracking.uri if resolved else None),
         service_account=service_account or ("default-editor" if several else "pipeline-runner"),
+        kfp_namespace=target.kfp_namespace,
     ):
         findings.append(finding)
         if not as_json:

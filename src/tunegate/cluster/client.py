@@ -25,6 +25,8 @@ from tunegate.errors import SpecError
 
 #: States in which a run stays (`V2beta1RuntimeState`).
 FINAL_STATES = frozenset({"SUCCEEDED", "SKIPPED", "FAILED", "CANCELED"})
+#: Environment variable of Kubeflow's API server with the accounts that runs may ask for besides its default.
+ALLOW_LIST = "ALLOWEDSERVICEACCOUNTS"
 _TRANSIENT = frozenset({429, 502, 503, 504})
 _LOGIN_REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _WAITS = (1.0, 2.0, 4.0, 8.0)
@@ -289,6 +291,8 @@ class Cluster:
         )
         try:
             return self.call("start the run", self._runs.run_service_create_run, body, repeatable=False)
+        except RefusedError as error:
+            raise _about_account(error, service_account) from None
         except _LostAnswerError:
             found = next((r for r in self.runs(limit=20) if r.display_name == name), None)
             if found is None:
@@ -411,6 +415,8 @@ class Cluster:
         create = self._recurring.recurring_run_service_create_recurring_run
         try:
             return self.call(f"schedule {name}", create, body, repeatable=False)
+        except RefusedError as error:
+            raise _about_account(error, service_account) from None
         except _LostAnswerError:
             found = next((s for s in self.schedules() if s.display_name == name), None)
             if found is None:
@@ -541,6 +547,21 @@ class Cluster:
             return _LostAnswerError(what, key=key, fix="see whether it happened all the same: tunegate cluster runs")
         fix = "try again in a minute" if problem.status else "check --host and that the server is up, then try again"
         return ClusterError(what, key=key, fix=fix)
+
+
+def _about_account(error: RefusedError, service_account: str | None) -> RefusedError:
+    """The error with the way out, where Kubeflow does not let a run have the service account that was asked for.
+
+    Releases with kubeflow/pipelines pull request 14181 take accounts besides their default only from an allow-list.
+    """
+    if not service_account or service_account not in error.reason:
+        return error
+    fix = (
+        f"have Kubeflow's administrator add {service_account} to {ALLOW_LIST} of the ml-pipeline deployment (with "
+        "several users you also need the verb `use` on it), or start the run with Kubeflow's own account; "
+        "docs/cluster/install.md has the commands"
+    )
+    return RefusedError(error.reason, key="--service-account", value=service_account, fix=fix)
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, get_args
 
-from tunegate.cluster.client import Cluster
+from tunegate.cluster.client import ALLOW_LIST, Cluster
 from tunegate.cluster.errors import ClusterError
 from tunegate.cluster.probes import probe_image
 from tunegate.errors import TunegateError
@@ -40,6 +41,8 @@ class _Permission:
 
 
 _LAUNCHER = "kfp-launcher"
+#: What Kubeflow gives runs that ask for no account: for one user, and for several.
+_DEFAULT_ACCOUNTS = frozenset({"pipeline-runner", "default-editor"})
 _POD_PERMISSIONS = (
     _Permission("create", "workflowtaskresults", "Argo's executor reports a task's result", "argoproj.io"),
     _Permission("patch", "workflowtaskresults", "Argo's executor reports a task's result", "argoproj.io"),
@@ -65,6 +68,7 @@ def examine(
     root: str | None,
     tracking_uri: str | None,
     service_account: str,
+    kfp_namespace: str = "kubeflow",
 ) -> Iterator[Finding]:
     """Run every check; one that cannot be made is skipped and says why.
 
@@ -77,6 +81,7 @@ def examine(
         root: Storage root, None when not known.
         tracking_uri: MLflow, None when not known.
         service_account: Service account that the pods run as.
+        kfp_namespace: Namespace of Kubeflow Pipelines itself.
     """
     yield from _kubeflow(connect, compiled)
     if root:
@@ -97,6 +102,7 @@ def examine(
         return
     checks: list[Callable[[], Iterator[Finding]]] = [
         lambda: _service_account(kube, service_account, resources),
+        lambda: _allow_list(kube, service_account, kfp_namespace),
         lambda: _launcher(kube),
         lambda: _objects(kube, resources),
         lambda: _accelerators(kube, resources),
@@ -194,6 +200,23 @@ def _service_account(kube: Kube, name: str, resources: ResourcesSpec) -> Iterato
         yield Finding(
             check, "ok", f"{kube.namespace}/{name} has what pods need" + (f"; AWS role {aws_role}" if aws_role else "")
         )
+
+
+def _allow_list(kube: Kube, name: str, kfp_namespace: str) -> Iterator[Finding]:
+    """Whether Kubeflow lets a run have this account; older releases have no such list and let it have any."""
+    if name in _DEFAULT_ACCOUNTS:
+        return
+    listed = kube.deployment_variable(kfp_namespace, "ml-pipeline", ALLOW_LIST) or ""
+    if name in re.split(r"[\s,;]+", listed):
+        yield Finding("allowed accounts", "ok", f"Kubeflow lets runs have {name}")
+        return
+    accounts = ",".join(filter(None, [listed.strip(), name]))
+    yield Finding(
+        "allowed accounts",
+        "warning",
+        f"{name} is not in {ALLOW_LIST} of the ml-pipeline deployment; releases that have this list refuse such runs",
+        f"kubectl -n {kfp_namespace} set env deployment/ml-pipeline {ALLOW_LIST}={accounts}",
+    )
 
 
 def _launcher(kube: Kube) -> Iterator[Finding]:

@@ -57,6 +57,7 @@ class Kube:
         self.namespace = namespace
         self.host = configuration.host
         self._core = client.CoreV1Api(api)
+        self._apps = client.AppsV1Api(api)
         self._authorization = client.AuthorizationV1Api(api)
         self._custom = client.CustomObjectsApi(api)
         self._models = client
@@ -105,6 +106,12 @@ class Kube:
         """The keys of a Secret, None when there is none; its values are not looked at."""
         secret = self._find(self._core.read_namespaced_secret, name)
         return None if secret is None else set(secret.data or {})
+
+    def deployment_variable(self, namespace: str, deployment: str, variable: str) -> str | None:
+        """An environment variable of a Deployment's first container, None where it has no plain value."""
+        found = self._apps.read_namespaced_deployment(deployment, namespace, _request_timeout=_TIMEOUT)
+        variables = found.spec.template.spec.containers[0].env or []
+        return next((entry.value for entry in variables if entry.name == variable), None)
 
     def local_queue(self, name: str) -> Any | None:
         """A LocalQueue of Kueue, None when there is none."""
