@@ -10,6 +10,7 @@ import resource
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ class Figures:
         job: Name of the job, e.g. `ppo/ours-shared`.
         unit: What `units` counts: `update`, `token`, `pair`.
         seconds: Wall-clock time of each timed step; the first step is left out as warm-up.
+        cpu_seconds: Processor time of each timed step, over all threads: hardly touched by what else the machine does.
         units: Work of each timed step.
         losses: Training loss of every step, the first included.
         scores: Mean score of each update's responses (PPO).
@@ -36,6 +38,7 @@ class Figures:
     job: str
     unit: str
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
     units: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
@@ -59,6 +62,7 @@ class StepClock:
 
     def __init__(self) -> None:
         self.marks: list[float] = []
+        self.cpu_marks: list[float] = []
 
     def tick(self) -> None:
         """A step has ended."""
@@ -67,10 +71,12 @@ class StepClock:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.marks.append(time.perf_counter())
+        self.cpu_marks.append(time.process_time())
 
-    def seconds(self) -> list[float]:
-        """Time of each step after the first."""
-        return [after - before for before, after in zip(self.marks, self.marks[1:], strict=False)]
+    def into(self, figures: Figures) -> None:
+        """Write down the times of each step after the first."""
+        figures.seconds = [after - before for before, after in pairwise(self.marks)]
+        figures.cpu_seconds = [after - before for before, after in pairwise(self.cpu_marks)]
 
 
 def peak_bytes() -> int:

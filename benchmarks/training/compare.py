@@ -178,6 +178,7 @@ def join(work: Path, jobs: Sequence[Job], device: str) -> dict[str, Any]:
         by_step = list(zip(*(one["seconds"] for one in found), strict=True))
         units = [statistics.mean(values) for values in zip(*(one["units"] for one in found), strict=True)]
         least, middle = sum(map(min, by_step)), sum(map(statistics.median, by_step))
+        cpu = sum(map(min, zip(*(one["cpu_seconds"] for one in found), strict=True)))
         entry = {
             "slices": len(found),
             "unit": found[0]["unit"],
@@ -185,8 +186,10 @@ def join(work: Path, jobs: Sequence[Job], device: str) -> dict[str, Any]:
             "seconds_min": least,
             "seconds_median": middle,
             "seconds_by_slice": [one["seconds"] for one in found],
+            "cpu_seconds_min": cpu,
             "rate_best": sum(units) / least,
             "rate_median": sum(units) / middle,
+            "rate_cpu": sum(units) / cpu,
             "peak_bytes": max(one["peak_bytes"] for one in found),
             "tokens": statistics.mean(one["tokens"] for one in found) if found[0]["tokens"] is not None else None,
             **{name: found[0][name] for name in ("losses", "scores", "kl", "versions", "settings")},

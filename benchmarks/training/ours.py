@@ -60,10 +60,10 @@ class Watch:
 
     def into(self, figures: Figures) -> Figures:
         """Fill in times and counts."""
-        figures.seconds = self.clock.seconds()
+        self.clock.into(figures)
         if self.flops is not None:
             figures.flops = [after - before for before, after in zip(self.counts, self.counts[1:], strict=False)]
-            figures.seconds = []  # counting slows the steps down
+            figures.seconds, figures.cpu_seconds = [], []  # counting slows the steps down
         return figures
 
 

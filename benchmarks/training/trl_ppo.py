@@ -107,7 +107,7 @@ def main() -> None:
         trained = _count_tokens(trainer)
         trainer.train()
     figures = Figures(job=f"ppo/trl-{given.variant}", unit="update", settings={"ppo": "trl.experimental.ppo"})
-    figures.seconds = watch.clock.seconds()
+    watch.clock.into(figures)
     figures.units = [1.0] * len(figures.seconds)
     figures.losses = watch.series("loss/policy_avg")
     figures.scores = watch.series("objective/scores")

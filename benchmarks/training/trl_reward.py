@@ -65,7 +65,7 @@ def main() -> None:
         )
         trainer.train()
     figures = Figures(job=f"reward/trl-{given.variant}", unit="pair", settings={"micro": MICRO})
-    figures.seconds = watch.clock.seconds()
+    watch.clock.into(figures)
     figures.units = [float(BATCH)] * len(figures.seconds)
     figures.losses = watch.losses
     figures.write(given.out)

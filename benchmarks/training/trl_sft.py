@@ -102,7 +102,7 @@ def main() -> None:
         trainer.watch = watch
         trainer.train()
     figures = Figures(job=f"sft/trl-{given.variant}", unit="token", settings={"micro": MICRO, "packed": packed})
-    figures.seconds = watch.clock.seconds()
+    watch.clock.into(figures)
     figures.units = watch.tokens[1:]
     figures.losses = watch.losses
     figures.write(given.out)

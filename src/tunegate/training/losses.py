@@ -9,6 +9,8 @@ Shape suffixes: N response tokens (flattened, valid ones only), D width of the t
 # ruff: noqa: N815 - fields carry shape suffixes
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -52,7 +54,21 @@ class Head:
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Logits in fp32 (fp64 for an fp64 model), [N, V]."""
-        return torch.nn.functional.linear(hidden_ND.to(self.exact_VD.dtype), self.exact_VD, self.bias_V)
+        factors_are_bf16 = hidden_ND.dtype == self.weight_VD.dtype == torch.bfloat16
+        with _bf16_factors() if factors_are_bf16 and hidden_ND.device.type == "cpu" else nullcontext():
+            return torch.nn.functional.linear(hidden_ND.to(self.exact_VD.dtype), self.exact_VD, self.bias_V)
+
+
+@contextmanager
+def _bf16_factors() -> Iterator[None]:
+    """Let oneDNN multiply fp32 factors as bf16 and add up in fp32: exact where they hold bf16 numbers, 3x as fast."""
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def token_logprobs(hidden_ND: Tensor, head: Head, tokens_N: Tensor, temperature: float) -> Tensor:

@@ -42,10 +42,6 @@ from tunegate.training.ppo_config import PPOSpec
 from tunegate.training.rollout import Generator
 from tunegate.training.sharding import ShardedModel
 
-EAGER_TOKENS = 768
-"""On CPUs the backward pass of the fused attention kernel is slower than that of plain matrix products (a whole step
-17% slower, 135M parameters, 100 tokens a row). Up to so many tokens a row their memory is no concern."""
-
 _UNLIMITED = 2**31
 
 
@@ -122,8 +118,6 @@ class Policy:
         self.spec = spec
         self.chat = Chat.load(path)
         self.model = load_causal_lm(path, spec.precision)
-        if self.device.type == "cpu" and spec.max_prompt_tokens + spec.max_new_tokens <= EAGER_TOKENS:
-            self.model.set_attn_implementation("eager")
         self.context = effective_max_length(path, _UNLIMITED)
         self._adapted: Any = None
         self._reference: Any = None
@@ -132,7 +126,6 @@ class Policy:
         sampled = self.model
         if spec.method == "lora":
             sampled = _sharing_copy(self.model)
-            sampled.set_attn_implementation("sdpa")
             self._add_adapters(sampled)
         else:
             self._reference = copy.deepcopy(self.model).requires_grad_(False)

@@ -1,4 +1,4 @@
-"""RMS norms with a closed-form gradient, and sums of gradients in fp32."""
+"""What is done so that training is fast on CPUs, and that it changes no result."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from tunegate.training.accumulation import accumulate
+from tunegate.training.losses import Head
 from tunegate.training.norm import use_fast_norms
 
 
@@ -102,3 +103,24 @@ def test_accumulate_takes_transposed_parts() -> None:
     total, part = torch.zeros(5, 3), torch.arange(15.0).bfloat16().view(3, 5).T
     accumulate(total, part)
     assert torch.equal(total, part.float())
+
+
+def test_logits_of_a_bf16_model_are_exact_products_summed_in_fp32() -> None:
+    generator = torch.Generator().manual_seed(7)
+    weight = torch.randn(300, 64, generator=generator).bfloat16()
+    hidden = torch.randn(20, 64, generator=generator).bfloat16()
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    logits = Head(weight, weight.float(), None).logits(hidden)
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    exact = hidden.double() @ weight.double().T
+    assert logits.dtype == torch.float32
+    assert float((logits.double() - exact).abs().max()) < 2e-5
+    # Rounded to bf16 they would be off by a thousand times as much.
+    assert float(((hidden @ weight.T).double() - exact).abs().max()) > 2e-3
+
+
+def test_fp32_logits_are_not_rounded() -> None:
+    generator = torch.Generator().manual_seed(8)
+    weight, hidden = (torch.randn(40, 64, generator=generator) for _ in range(2))
+    exact = hidden.double() @ weight.double().T
+    assert float((Head(weight, weight, None).logits(hidden).double() - exact).abs().max()) < 2e-5
