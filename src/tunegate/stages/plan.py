@@ -34,6 +34,9 @@ _LOAD_SECONDS = 6.0  # of one that does, a model
 _TASK_BYTES = 600 * 2**20
 _SWAPS_PER_TEMPLATE = 4
 _OPTIONS_PER_TASK = 4
+_OPTIONS_PER_QUESTION = 3
+_QUESTION_TOKENS = 100
+_TEMPLATES_PER_SET = 25  # as in BBQ
 
 
 class PlannedStage(BaseModel):
@@ -216,10 +219,16 @@ def _evaluation(
     response = 0.6 * evaluation.decoding.max_new_tokens
     swaps = len(evaluation.bias.categories) * evaluation.bias.templates * _SWAPS_PER_TEMPLATE
     generated = models * asked * response + 2 * swaps * evaluation.bias.max_new_tokens
+    generated += evaluation.sanity.kl_prompts * response
     scored = 2 * models * asked * (prompts.tokens + response)
     likelihood = min(evaluation.capability.conversations, sft.part(spec.data.heldout_fraction))
     likelihood += _OPTIONS_PER_TASK * evaluation.capability.tasks
     scored += 3 * likelihood * sft.tokens
+    questions = min(
+        sum(_measure(SourceSpec(uri=uri), [])[0] for uri in evaluation.bias.questions),
+        _TEMPLATES_PER_SET * len(evaluation.bias.questions) * evaluation.bias.questions_per_template,
+    )
+    scored += models * questions * _OPTIONS_PER_QUESTION * _QUESTION_TOKENS
     seconds = 4 * _LOAD_SECONDS + scored * 2 * size.parameters / hardware.training_flops
     seconds += generated * size.parameters * 2 / hardware.generated_bytes
     what = f"{asked} prompts on base, SFT and candidate"
