@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+from urllib.parse import urlsplit
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -13,3 +16,21 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
+
+
+def refuse_credentials(key: str, uri: Any) -> None:
+    """Refuse a URI that carries a user or a password; for validators that see a whole section.
+
+    A validator of the field itself would repeat the value in its message.
+
+    Raises:
+        ValueError: It does; the message does not repeat it.
+    """
+    try:
+        found = isinstance(uri, str) and "://" in uri and "@" in urlsplit(uri).netloc
+    except ValueError:
+        found = False  # no URI at all, which others say better
+    if found:
+        raise ValueError(
+            f"{key} must not carry credentials: remove what stands before the @; they come from the usual AWS chain"
+        )

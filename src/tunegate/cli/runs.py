@@ -56,11 +56,28 @@ def resume(
     as_json: AsJson = False,
 ) -> None:
     """Go on with a run where it was: finished stages are taken over, the rest is run."""
-    from tunegate.config import load_spec
-
     found = find_run(root, run_id)
-    file = Path(root).absolute() / "runs" / found / "spec.yaml"
-    run_pipeline(load_spec(file), found, runner, image, verbose, as_json, resume=True)
+    run_pipeline(_spec_of(root, found), found, runner, image, verbose, as_json, resume=True)
+
+
+def _spec_of(root: str, run_id: str) -> TuneSpec:
+    """The spec that a run was started with: from its folder here, else (another machine's run) from its record.
+
+    Raises:
+        SpecError: The run failed before its spec was resolved.
+    """
+    from tunegate.config import build_spec, load_spec
+    from tunegate.storage.runs import RunStore
+
+    file = Path(root).absolute() / "runs" / run_id / "spec.yaml"
+    if not root.startswith("s3://") and file.is_file():
+        return load_spec(file)
+    record = RunStore(root, run_id).read_run()
+    if record is None or not record.spec:
+        raise SpecError(
+            "the run's record has no spec", key="RUN", value=run_id, fix="start a new run with tunegate run SPEC"
+        )
+    return build_spec(record.spec, {"storage": {"root": root}}, origin=f"the record of {run_id}")
 
 
 def run_pipeline(

@@ -191,8 +191,8 @@ def _prepare(
 
 
 def _container_environment(folder: Path) -> dict[str, str]:
-    passed = {k: v for k, v in os.environ.items() if k.startswith(("AWS_", "MLFLOW_"))}
-    return {**passed, EVENTS_VARIABLE: str(folder / "events.jsonl"), "HOME": "/tmp"}
+    """What is written down of a container's environment; the worker adds credentials from its own."""
+    return {EVENTS_VARIABLE: str(folder / "events.jsonl"), "HOME": "/tmp"}
 
 
 def _mounts(spec: TuneSpec, parameters: Mapping[str, str]) -> dict[str, dict[str, str]]:

@@ -49,13 +49,18 @@ def _runner(job: dict[str, Any]) -> Any:
                 {"Type": "bind", "Source": path, "Target": v["bind"], "ReadOnly": v["mode"] == "ro"}
                 for path, v in wanted.items()
             ],
-            environment=job.get("environment", {}),
+            # Settings and credentials of S3 and MLflow go from process to container, never into a file.
+            environment={**_passed_on(), **job.get("environment", {})},
             user=f"{os.getuid()}:{os.getgid()}",
             read_only=True,
             tmpfs={"/tmp": "exec,mode=1777"},
             **job.get("docker", {}),
         )
     return local.SubprocessRunner(use_venv=False)
+
+
+def _passed_on() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "MLFLOW_"))}
 
 
 def _die_with_parent(parent: int) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from tunegate.section import Section
+from tunegate.section import Section, refuse_credentials
 
 SourceFormat = Literal["auto", "chat", "alpaca", "sharegpt", "hh", "preference", "rating", "prompt"]
 Action = Literal["quarantine", "report"]
@@ -70,6 +70,8 @@ class SourceSpec(Section):
     @model_validator(mode="before")
     @classmethod
     def _name_from_uri(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            refuse_credentials("uri", value.get("uri"))
         if isinstance(value, dict) and not value.get("name") and isinstance(value.get("uri"), str):
             return {**value, "name": _stem(value["uri"])}
         return value

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunegate.config import TuneSpec
-from tunegate.errors import StorageError, TrainingStoppedError, TunegateError
+from tunegate.errors import StorageError, StorageUnavailableError, TrainingStoppedError, TunegateError
 from tunegate.stages.observe import StageObserver
 from tunegate.storage.manifest import code_digest, digest_json, verify, write_manifest
 from tunegate.storage.runs import OutputRef, RunStore, StageRecord, list_runs, now
@@ -281,7 +281,11 @@ def _find_finished(
 
 
 def _take_over(run: RunStore, found: tuple[StageRecord, RunStore], outputs: Mapping[str, Output]) -> StageRecord | None:
-    """Bring a finished stage's outputs here; None when they are gone or damaged, so that the stage runs again."""
+    """Bring a finished stage's outputs here; None when they are gone or damaged, so that the stage runs again.
+
+    Raises:
+        StorageUnavailableError: Whether they are there cannot be told now.
+    """
     record, source = found
     try:
         for role, output in outputs.items():
@@ -293,6 +297,8 @@ def _take_over(run: RunStore, found: tuple[StageRecord, RunStore], outputs: Mapp
                 fetch_artifact(ref, run, output.path)
             if verify(output.path).digest != ref.digest:
                 return None
+    except StorageUnavailableError:
+        raise  # hours of work must not be done again because S3 stuttered
     except (StorageError, KeyError, OSError):
         return None
     if source.run_id != run.run_id:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from tunegate.section import Section
+from pydantic import model_validator
+
+from tunegate.section import Section, refuse_credentials
 
 
 class StorageSpec(Section):
@@ -20,3 +22,10 @@ class StorageSpec(Section):
     mirror_checkpoints: bool = True
     """With a root on S3, copy every training checkpoint there as well, so that a pod that is tried again on another
     node goes on from it. Costs the upload of about 12 bytes a trained parameter for each checkpoint."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_credentials(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            refuse_credentials("root", value.get("root"))
+        return value
