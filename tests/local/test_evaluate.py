@@ -49,6 +49,7 @@ def test_a_runs_model_is_evaluated_with_the_runs_own_spec(copied):
     assert {"candidate/bbq_bias_ambiguous", "candidate/toxic_rate", "vs_anchor/win_rate"} <= set(figures)
     report = (copied.folder / ".tunegate/runs/again/files/report.html").read_text()
     assert "Bias score" in report
+    assert "this pipeline only evaluates a model that exists" in report
 
 
 def test_a_registered_version_against_another_model_and_a_verdict_that_is_an_exit_code(copied):

@@ -20,6 +20,7 @@ STAGE_ORDER = (
     "register",
     "promote",
 )
+_TRAINING_STAGES = ("sft", "reward", "ppo")
 #: What the balance over versions counts: usefulness and safety.
 VERSION_AXES = ("Win rate against the base model", "Harmful requests safely declined")
 TAG_ORDER = ("everyday", "lookalike", "harmful")
@@ -219,6 +220,8 @@ def absent(facts: Facts, what: str, stage: str) -> str:
         return f"{what}: the stage {stage} {how}."
     if facts.outcome.word == "RUNNING":
         return f"{what} yet."
+    if facts.run is not None and facts.run.pipeline == "evaluation" and stage in _TRAINING_STAGES:
+        return f"{what}: this pipeline only evaluates a model that exists."
     last = facts.stages[-1].stage if facts.stages else None
     return f"{what}: the run ended in {last}." if last else f"{what}: the run did not get that far."
 
