@@ -9,8 +9,10 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "EmbeddingClassifier": "embeddings",
     "Evaluation": "results",
     "EvaluationSpec": "config",
+    "LanguageModelJudge": "llm_judge",
     "RefusalClassifier": "refusal",
     "ResponseJudge": "refusal",
     "StringMatcher": "refusal",
