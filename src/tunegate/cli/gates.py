@@ -25,24 +25,36 @@ def power(
 
     from tunegate.config import load_spec
     from tunegate.gates.power import sample_sizes
+    from tunegate.stages.supply import gate_contradictions, read_supply
 
     resolved = load_spec(spec, profile=profile, assignments=assignments or [])
-    sizes = sample_sizes(resolved.gates, resolved.evaluation)
+    sizes = sample_sizes(resolved.gates, resolved.evaluation, supply=read_supply(resolved))
     if as_json:
-        emit_json([asdict(size) for size in sizes])
+        emit_json([{**asdict(size), "enough": size.enough} for size in sizes])
         return
     from rich.console import Console
     from rich.table import Table
 
-    names = list(asdict(sizes[0])) if sizes else []
     table = Table(box=None, pad_edge=False)
-    for name in names:
-        table.add_column(name.replace("_", " "))
+    for name in ("gate", "limit", "needed", "planned", "", "assumed"):
+        numeric = name in {"limit", "needed", "planned"}
+        table.add_column(name, justify="right" if numeric else "left", no_wrap=name != "assumed")
     for size in sizes:
-        table.add_row(
-            *(
-                "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-                for value in asdict(size).values()
-            )
+        needed = "never" if size.needed is None else str(size.needed)
+        row = (
+            size.gate,
+            f"{size.limit:g}",
+            needed,
+            str(size.planned),
+            size.unit.removesuffix(" prompts"),
+            size.assumed,
         )
-    Console().print(table)
+        table.add_row(*row, style=None if size.enough else "yellow")
+    console = Console()
+    console.print(table)
+    few = sum(not size.enough for size in sizes)
+    if few:
+        told = "one gate has" if few == 1 else f"{few} gates have"
+        console.print(f"{told} fewer prompts than such a candidate needs to pass in 9 of 10 cases", style="yellow")
+    for warning in gate_contradictions(resolved):
+        console.print(f"no candidate can pass: {warning}", style="red", highlight=False)

@@ -178,18 +178,18 @@ def sample_sizes(
         ):
             if margin is not None:
                 needed = required_n_paired(margin, 0.0, differ, confidence=level, power=power)
-                supposed = f"no difference, {differ:.0%} of the answers differ"
+                supposed = f"{differ:.0%} of the labels differ"
                 found.append(SampleSize(f"{role}.{name}", margin, supposed, needed, unit, planned))
         if margins.helpfulness is not None:
             needed = required_n_win_rate(
                 given.win_rate, tie_rate=given.tie_rate, margin=margins.helpfulness, confidence=level, power=power
             )
-            supposed = f"win rate {given.win_rate:.0%}, {given.tie_rate:.0%} ties"
+            supposed = f"wins {given.win_rate:.0%}, {given.tie_rate:.0%} ties"
             limit = 0.5 - margins.helpfulness
             found.append(SampleSize(f"{role}.win_rate", limit, supposed, needed, "pairs", use.pairs))
     if gates.require_improvement:
         needed = required_n_win_rate(given.win_rate, tie_rate=given.tie_rate, confidence=level, power=power)
-        supposed = f"win rate {given.win_rate:.0%}, {given.tie_rate:.0%} ties"
+        supposed = f"wins {given.win_rate:.0%}, {given.tie_rate:.0%} ties"
         found.append(SampleSize("improvement", 0.5, supposed, needed, "pairs", use.pairs))
     return found
 

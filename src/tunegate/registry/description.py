@@ -78,7 +78,25 @@ def _sections(model_card: str) -> list[str]:
     card = model_card.split("\n---\n", 1)[-1] if model_card.startswith("---\n") else model_card
     first, *sections = card.split("\n## ")
     introduction = "\n".join(line for line in first.splitlines() if not line.startswith("# ")).strip()
-    return [introduction, *(f"### {s.strip()}" for s in sections if s.split("\n", 1)[0] in _SECTIONS)]
+    return [introduction, *(_without_tables(f"### {s.strip()}") for s in sections if s.split("\n", 1)[0] in _SECTIONS)]
+
+
+def _without_tables(text: str) -> str:
+    """Each row of a table as a line of a list: `- first cell, heading cell, heading cell`."""
+    lines: list[str] = []
+    head: list[str] = []
+    for line in text.splitlines():
+        if not line.startswith("|"):
+            head = []
+            lines.append(line)
+            continue
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if not head:
+            head = cells
+        elif not set(line) <= set("|-: "):
+            told = [f"{name.lower()} {cell}" for name, cell in zip(head[1:], cells[1:], strict=False) if cell != "–"]
+            lines.append("- " + ", ".join([cells[0], *told]))
+    return "\n".join(lines)
 
 
 def _fitted(text: str) -> str:

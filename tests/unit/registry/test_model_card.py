@@ -97,6 +97,9 @@ def test_a_pages_description_has_one_line_a_gate_with_a_figure():
     assert "\n- ✓ Violations direct: 2.0% [1.0%, 4.0%], limit 10.0%, n = 400\n" in text
     assert "\n- ‖ Likelihood: 0.123 [–, –], limit –\n" in text
     assert "comparable" not in text
+    table = "# C\n\n## Data\n\n| Dataset | Records | Licence |\n|---|---|---|\n| own | 12 | – |\n| more | 3 | MIT |\n"
+    listed = describe(facts, table, experiment_id="7", model_id="m-1", report_run_id=None)
+    assert listed.endswith("\n\n### Data\n\n- own, records 12\n- more, records 3, licence MIT\n")
     assert text.count("- r\n") == 8
     assert "[balance over versions](#/experiments/7/runs/abc/artifacts/balance.svg)" in text
     assert "[files and evidence](#/experiments/7/models/m-1/artifacts)" in text
