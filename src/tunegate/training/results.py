@@ -199,6 +199,8 @@ class RewardEvaluation(Result):
     """Logistic regression on the difference of TF-IDF vectors, fitted on the training pairs."""
     ratings: Correlation | None
     scores: PairScores
+    by_head: dict[str, Share] = {}
+    """Accuracy of each of several heads on its own pairs."""
 
 
 class RewardResult(Result):
@@ -219,6 +221,10 @@ class RewardResult(Result):
     resumed_from: int | None
     pairs: int
     ratings: int
+    labels: int = 0
+    """Responses that heads which are costs were told to be harmful or not."""
+    heads: list[str] = []
+    """Names of the heads, if there are several."""
     dropped: int
     """Training pairs and ratings whose prompt does not fit."""
     cut: int

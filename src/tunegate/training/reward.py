@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from tunegate.training.checkpoint import (
     seed_everything,
     set_rng_state,
 )
-from tunegate.training.config import RewardSpec, Sharding
+from tunegate.training.config import HeadSpec, RewardSpec, Sharding
 from tunegate.training.lora import add_lora, merge_lora
 from tunegate.training.measure import peak_memory_bytes, release_memory
 from tunegate.training.mirror import Mirror
@@ -44,18 +44,22 @@ from tunegate.training.models import (
 )
 from tunegate.training.optim import Optimizer
 from tunegate.training.ranks import agreed, seed_step, share, sum_over_ranks, world
-from tunegate.training.results import RewardEvaluation, RewardResult
+from tunegate.training.results import RewardEvaluation, RewardResult, Share
 from tunegate.training.reward_data import (
     Item,
-    Items,
     RatingScale,
+    as_labels,
     encode_pairs,
     encode_ratings,
+    join_rankings,
     join_ratings,
+    resample,
+    with_heads,
 )
 from tunegate.training.reward_evaluation import evaluate_pairs, headline, rating_figures, tfidf_baseline
-from tunegate.training.reward_frozen import FittedHead, fit_head
-from tunegate.training.reward_losses import pairwise_loss, pointwise_loss
+from tunegate.training.reward_frozen import fit_head
+from tunegate.training.reward_heads import join, save_heads, widen
+from tunegate.training.reward_losses import pairwise_loss, pointwise_loss, sign_loss
 from tunegate.training.reward_model import RewardHead, RewardModel
 from tunegate.training.reward_scores import item_features, raw_item_scores, score_items
 from tunegate.training.sharding import ShardedModel, in_step
@@ -108,8 +112,9 @@ def train_reward(
     seed_everything(seed)
     chat = Chat.load(model)
     max_length = effective_max_length(model, spec.max_length)
-    data = _encode(chat, pairs, ratings, spec, max_length)
+    data = _encode(chat, pairs, ratings, spec, max_length, seed)
     scorer = load_sequence_scorer(model)
+    widen(scorer, len(spec.heads))
     init_score_head(scorer, seed=seed)
     run = _Run(spec, scorer, chat, data, seed, observer, sharding)
     if checkpoints is not None and spec.trunk != "frozen":
@@ -122,20 +127,33 @@ def train_reward(
             observer=observer,
             mirror=mirror,
         )
-    raw_N = run.fit(stop_requested or (lambda: False))
+    raw_HN = run.fit(stop_requested or (lambda: False))
     scale = data.scale
     head = RewardHead(
         rating_mean=None if scale is None else scale.mean,
         rating_scale=None if scale is None else scale.scale,
         max_length=max_length,
-    ).normalised_on(raw_N)
-    reward = RewardModel(scorer, chat, head)
-    heldout = evaluate_reward(reward, pairs, heldout_pairs, heldout_ratings, scale=scale, observer=observer)
+    )
+    measured = pairs, heldout_pairs, heldout_ratings
+    if not spec.heads:
+        head = head.normalised_on(raw_HN[0])
+        reward = RewardModel(scorer, chat, head)
+        heldout = evaluate_reward(reward, *measured, scale=scale, observer=observer)
+    else:
+        # Every pair is judged by the head that it belongs to, and only then are the heads joined.
+        heldout = evaluate_reward(
+            RewardModel(scorer, chat, head), *measured, scale=scale, heads=spec.heads, observer=observer
+        )
+        scales, weight_HD, raw_N = join(scorer, spec.heads, raw_HN)
+        head = replace(head.normalised_on(raw_N), heads=tuple(scales))
+        reward = RewardModel(scorer, chat, head)
     observer.metrics(headline(heldout), run.progress.step)
     result = run.result(head, heldout)
     release_memory()
     if world()[0] == 0:
         reward.save(out, like=model)
+        if spec.heads:
+            save_heads(weight_HD, out)
         (out / RESULT_FILE).write_text(result.model_dump_json(indent=2) + "\n")
     return result
 
@@ -147,6 +165,7 @@ def evaluate_reward(
     heldout_ratings: Sequence[Rating],
     *,
     scale: RatingScale | None = None,
+    heads: Sequence[HeadSpec] = (),
     observer: Observer | None = None,
 ) -> RewardEvaluation:
     """Measure a reward model on held-out preferences and ratings.
@@ -157,21 +176,27 @@ def evaluate_reward(
         heldout_pairs: Preferences to measure on.
         heldout_ratings: Ratings to measure on.
         scale: The training ratings' scale, if the model was fitted to ratings.
+        heads: Of a model whose heads are not joined yet: each pair is scored by its own.
         observer: Told the progress.
     """
     observer = observer or NullObserver()
     limit = reward.head.max_length
     measured = encode_pairs(reward.chat, heldout_pairs, limit, use_margin=False)
     kept = [heldout_pairs[item.index] for item in measured.items]
-    raw = raw_item_scores(reward.model, measured.items, reward.chat.pad_id, observer)
+    items = with_heads(measured.items, [pair.source for pair in heldout_pairs], heads)
+    raw = raw_item_scores(reward.model, items, reward.chat.pad_id, observer)
+    signs = [-1.0 if heads and heads[item.head].kind == "cost" else 1.0 for item in items]  # the worse costs more
+    raw = [sign * own for sign, own in zip(signs, raw, strict=True)]
     figures = None
     if heldout_ratings:
         common = scale or RatingScale(*heldout_ratings[0].scale, mean=0.0, scale=1.0)
         rated = encode_ratings(reward.chat, heldout_ratings, limit, common)
-        rated_raw = raw_item_scores(reward.model, rated.items, reward.chat.pad_id, observer)
-        values_N = common.common([heldout_ratings[item.index] for item in rated.items])
+        kept_ratings = with_heads(rated.items, [rating.source for rating in heldout_ratings], heads)
+        kept_ratings = [item for item in kept_ratings if not heads or heads[item.head].kind == "reward"]
+        rated_raw = raw_item_scores(reward.model, kept_ratings, reward.chat.pad_id, observer)
+        values_N = common.common([heldout_ratings[item.index] for item in kept_ratings])
         figures = rating_figures(np.array([own[0] for own in rated_raw]), values_N, reward.head)
-    return evaluate_pairs(
+    found = evaluate_pairs(
         kept,
         np.array(raw).reshape(-1, 2),
         np.array([[len(ids) for ids in item.responses] for item in measured.items]).reshape(-1, 2),
@@ -180,26 +205,39 @@ def evaluate_reward(
         tfidf=tfidf_baseline(pairs, kept),
         ratings=figures,
     )
+    right = [0.5 * (float(np.sign(own[0] - own[1])) + 1.0) for own in raw]
+    by_head = {}
+    for number, head in enumerate(heads):
+        own = [value for value, item in zip(right, items, strict=True) if item.head == number]
+        by_head[head.name] = Share.of(sum(own), len(own))
+    return found.model_copy(update={"by_head": by_head})
 
 
 @dataclass(frozen=True, slots=True)
 class _Data:
+    """What is learned from; the counts are of items with comparisons, of comparisons, ratings and labels in them."""
+
     items: list[Item]
+    compared: int
     pairs: int
     ratings: int
+    labels: int
     dropped: int
     cut: int
     scale: RatingScale | None
 
 
 def _encode(
-    chat: Chat, pairs: Sequence[Preference], ratings: Sequence[Rating], spec: RewardSpec, max_length: int
+    chat: Chat, pairs: Sequence[Preference], ratings: Sequence[Rating], spec: RewardSpec, max_length: int, seed: int
 ) -> _Data:
     """What the objective learns from, as items."""
-    scale = RatingScale.fit(ratings) if spec.objective != "pairwise" else None
+    costs = {source for head in spec.heads if head.kind == "cost" for source in head.sources}
+    predicted = [rating for rating in ratings if rating.source not in costs]
+    scale = RatingScale.fit(predicted) if spec.objective != "pairwise" else None
     compared = encode_pairs(chat, pairs, max_length, use_margin=spec.use_margin)
+    compared_items = with_heads(compared.items, [pair.source for pair in pairs], spec.heads)
     if spec.objective == "pointwise":
-        compared = Items([])
+        compared_items = [item for item in compared_items if spec.heads and spec.heads[item.head].kind == "cost"]
     elif not compared.items:
         raise DataError(
             "the objective needs preferences and none in the training split fits",
@@ -207,13 +245,22 @@ def _encode(
             value=spec.objective,
             fix="add a preferences source, raise reward.max_length, or use objective 'pointwise'",
         )
-    rated = encode_ratings(chat, ratings, max_length, scale) if scale is not None else Items([])
+    if spec.rankings:
+        compared_items = join_rankings(compared_items)
+    # Without a scale only the labels of costs are read, as they are.
+    wanted = ratings if scale is not None else [rating for rating in ratings if rating.source in costs]
+    rated = encode_ratings(chat, wanted, max_length, scale or RatingScale(0.0, 1.0, 0.0, 1.0))
+    rated_items = as_labels(with_heads(rated.items, [r.source for r in wanted], spec.heads), wanted, spec.heads)
     if scale is not None and not rated.items:
         raise DataError("no rated response fits", key="reward.max_length", value=max_length, fix="raise it")
+    items = join_ratings(compared_items, rated_items)
+    items = resample(items, seed) if spec.bootstrap else items
     return _Data(
-        items=join_ratings(compared.items, rated.items),
-        pairs=len(compared.items),
-        ratings=len(rated.items),
+        items=items,
+        compared=sum(bool(item.compared) for item in items),
+        pairs=sum(len(item.compared) for item in items),
+        ratings=sum(len(values) for item in items for values in item.ratings),
+        labels=sum(len(values) for item in items for values in item.labels),
         dropped=compared.dropped + rated.dropped,
         cut=compared.cut + rated.cut,
         scale=scale,
@@ -258,43 +305,61 @@ class _Run:
         self.ridge: float | None = None
         self.optimizer: Optimizer | None = None
         self.in_step = False
-        # Expected pairs and ratings an item, see the module's docstring.
-        self.pair_share = data.pairs / len(data.items)
+        # Expected pairs (or rankings), ratings and labels an item, see the module's docstring.
+        self.pair_share = data.compared / len(data.items)
         self.rating_share = data.ratings / len(data.items)
+        self.label_share = data.labels / len(data.items)
 
     def fit(self, stop_requested: Callable[[], bool]) -> np.ndarray:
-        """Train, and return raw scores of training responses for the normalisation."""
+        """Train, and return every head's raw scores of training responses, [H, N], for the normalisation."""
         if self.spec.trunk == "frozen":
             return self._fit_frozen()
         self._fit_trunk(stop_requested)
         # One more epoch's order: a sample that is the same whenever the run is.
         order = shuffled(len(self.data.items), seed=self.seed, epoch=self.spec.epochs)[:_NORMALISING_ITEMS]
         chosen = [self.data.items[index] for index in order]
-        return np.concatenate(raw_item_scores(self.model, chosen, self.chat.pad_id, self.observer))
+        if not self.spec.heads:
+            return np.concatenate(raw_item_scores(self.model, chosen, self.chat.pad_id, self.observer))[None]
+        features = item_features(self.model, chosen, self.chat.pad_id, self.observer)
+        return np.asarray(self._heads() @ np.concatenate(features).T)
+
+    def _heads(self) -> np.ndarray:
+        """Weights of the heads as they were rounded to the model's precision, [H, D]."""
+        weight_HD: np.ndarray = self.model.score.weight.detach().double().cpu().numpy()
+        return weight_HD
 
     def _fit_frozen(self) -> np.ndarray:
         started = time.perf_counter()
         items = self.data.items
-        fitted, features = self._probe()
+        loss, features = self._probe()
         self.progress = _Progress(
             tokens=sum(item.tokens for item in items),
             items=len(items),
             seconds=time.perf_counter() - started,
-            losses=[fitted.loss],
+            losses=[loss],
         )
-        # With the head as it was rounded to the model's precision.
-        weight_D: np.ndarray = self.model.score.weight[0].detach().double().cpu().numpy()
-        return np.asarray(np.concatenate(features) @ weight_D)
+        return np.asarray(self._heads() @ np.concatenate(features).T)
 
-    def _probe(self) -> tuple[FittedHead, list[np.ndarray]]:
-        """Fit the head on the trunk as it is; also returns the training items' features."""
+    def _probe(self) -> tuple[float, list[np.ndarray]]:
+        """Fit the heads on the trunk as it is; returns their mean loss and the training items' features."""
         items = self.data.items
         features = item_features(self.model, items, self.chat.pad_id, self.observer)
-        fitted = fit_head(items, features, self.spec, seed=self.seed)
-        with torch.no_grad():
-            self.model.score.weight.copy_(torch.from_numpy(fitted.weight_D)[None])
-        self.ridge = fitted.ridge
-        return fitted, features
+        losses = []
+        for head in range(max(1, len(self.spec.heads))):
+            own = [index for index, item in enumerate(items) if item.head == head]
+            if not own:
+                raise DataError(
+                    "no training preference or rating is from the sources of this head",
+                    key="reward.heads",
+                    value=self.spec.heads[head].name,
+                    fix="check the names of the sources",
+                )
+            fitted = fit_head([items[i] for i in own], [features[i] for i in own], self.spec, seed=self.seed)
+            with torch.no_grad():
+                self.model.score.weight[head].copy_(torch.from_numpy(fitted.weight_D))
+            losses.append(fitted.loss)
+            self.ridge = fitted.ridge if not self.spec.heads else None
+        return sum(losses) / len(losses), features
 
     def _fit_trunk(self, stop_requested: Callable[[], bool]) -> None:
         spec = self.spec
@@ -380,7 +445,17 @@ class _Run:
         by_item = torch.split(scores, [len(item.responses) for item in items])
         loss = scores.sum() * 0.0
         right = 0.0
-        pairs = [(own, item) for own, item in zip(by_item, items, strict=True) if item.margin is not None]
+        pairs = [
+            (own[better], own[worse], margin, 1.0 / len(item.compared))
+            for own, item in zip(by_item, items, strict=True)
+            for better, worse, margin in item.compared
+        ]
+        labelled = [
+            (own[response], sign)
+            for own, item in zip(by_item, items, strict=True)
+            for response, signs in enumerate(item.labels)
+            for sign in signs
+        ]
         rated = [
             (own[response], value)
             for own, item in zip(by_item, items, strict=True)
@@ -388,10 +463,11 @@ class _Run:
             for value in values
         ]
         if pairs and spec.objective != "pointwise":
-            chosen_B = torch.stack([own[0] for own, _ in pairs])
-            rejected_B = torch.stack([own[1] for own, _ in pairs])
-            margin_B = torch.tensor([item.margin or 0.0 for _, item in pairs], device=scores.device)
-            losses_B = pairwise_loss(chosen_B, rejected_B, margin_B, centering=spec.centering)
+            chosen_B = torch.stack([better for better, _, _, _ in pairs])
+            rejected_B = torch.stack([worse for _, worse, _, _ in pairs])
+            margin_B = torch.tensor([margin for _, _, margin, _ in pairs], device=scores.device)
+            share_B = torch.tensor([share for _, _, _, share in pairs], device=scores.device)
+            losses_B = share_B * pairwise_loss(chosen_B, rejected_B, margin_B, centering=spec.centering)
             weight = spec.alpha if spec.objective == "joint" else 1.0
             loss = loss + weight * losses_B.sum() / (self.pair_share * step_size)
             right = float(((chosen_B - rejected_B).detach().sign() + 1).sum() / 2)
@@ -401,6 +477,10 @@ class _Run:
             losses_B = pointwise_loss(raw_B, target_B, huber_delta=spec.huber_delta)
             weight = 1.0 - spec.alpha if spec.objective == "joint" else 1.0
             loss = loss + weight * losses_B.sum() / (self.rating_share * step_size)
+        if labelled:
+            cost_B = torch.stack([score for score, _ in labelled])
+            sign_B = torch.tensor([float(sign) for _, sign in labelled], device=scores.device)
+            loss = loss + sign_loss(cost_B, sign_B).sum() / (self.label_share * step_size)
         return loss, right, len(pairs)
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
@@ -446,6 +526,8 @@ class _Run:
             resumed_from=self.resumed_from,
             pairs=data.pairs,
             ratings=data.ratings,
+            labels=data.labels,
+            heads=[head.name for head in spec.heads],
             dropped=data.dropped,
             cut=data.cut,
             tokens=state.tokens,

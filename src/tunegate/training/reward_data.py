@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from tunegate.data.records import Preference, Rating
 from tunegate.errors import DataError
 from tunegate.training.chat import Chat
+from tunegate.training.config import HeadSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,9 @@ class Item:
         responses: Ids of each response, with its end-of-turn token unless cut; of a pair, the chosen one first.
         margin: Of a pair (0 without one); None for a single rated response.
         ratings: For each response its standardised ratings, if any.
+        comparisons: Of a ranking: index of the better response, of the worse one, and the margin.
+        head: Which head of the model scores it.
+        labels: For each response what is said of it, 1 (harmful) or -1; for heads that are costs.
     """
 
     index: int
@@ -30,6 +34,16 @@ class Item:
     responses: list[list[int]]
     margin: float | None
     ratings: list[list[float]] = field(default_factory=list)
+    comparisons: list[tuple[int, int, float]] = field(default_factory=list)
+    head: int = 0
+    labels: list[list[int]] = field(default_factory=list)
+
+    @property
+    def compared(self) -> list[tuple[int, int, float]]:
+        """Index of the higher response, of the lower one, and the margin, of every pair in the item."""
+        if self.comparisons or self.margin is None:
+            return self.comparisons
+        return [(0, 1, self.margin)]
 
     @property
     def tokens(self) -> int:
@@ -125,6 +139,70 @@ def encode_ratings(chat: Chat, ratings: Sequence[Rating], max_length: int, scale
     return Items(items, dropped, cut)
 
 
+def with_heads(items: Sequence[Item], sources: Sequence[str], heads: Sequence[HeadSpec]) -> list[Item]:
+    """Give each item the head that its source belongs to; a head that is a cost scores the rejected response higher.
+
+    Args:
+        items: Encoded records.
+        sources: Source of each record, by `Item.index`.
+        heads: Of the model; none leaves the items as they are.
+
+    Raises:
+        DataError: If a source belongs to no head.
+    """
+    if not heads:
+        return list(items)
+    places = {source: number for number, head in enumerate(heads) for source in head.sources}
+    found = []
+    for item in items:
+        source = sources[item.index]
+        if source not in places:
+            raise DataError(
+                "the source belongs to no head",
+                key="reward.heads",
+                value=source,
+                fix=f"name it among the sources of a head ({', '.join(head.name for head in heads)})",
+            )
+        head = places[source]
+        turned = [(worse, better, margin) for better, worse, margin in item.compared]
+        comparisons = turned if heads[head].kind == "cost" else item.comparisons
+        found.append(replace(item, head=head, comparisons=comparisons))
+    return found
+
+
+def join_rankings(items: Sequence[Item]) -> list[Item]:
+    """Bring the pairs about one prompt together: one item, each response once (InstructGPT, section 3.5)."""
+    rankings: dict[tuple[int, tuple[int, ...]], Item] = {}
+    for item in items:
+        key = (item.head, tuple(item.prompt))
+        if key not in rankings:
+            rankings[key] = replace(item, responses=[], ratings=[], comparisons=[])
+        whole = rankings[key]
+        places = []
+        for response in item.responses:
+            if response not in whole.responses:
+                whole.responses.append(response)
+                whole.ratings.append([])
+            places.append(whole.responses.index(response))
+        # Two people may prefer opposite responses; a pair of equal texts says nothing.
+        whole.comparisons.extend(
+            (places[better], places[worse], margin)
+            for better, worse, margin in item.compared
+            if places[better] != places[worse]
+        )
+    return [item for item in rankings.values() if item.comparisons]
+
+
+def resample(items: Sequence[Item], seed: int) -> list[Item]:
+    """As many prompts as there are, drawn with replacement, each with all its items (Efron 1979)."""
+    by_prompt: dict[tuple[int, ...], list[Item]] = {}
+    for item in items:
+        by_prompt.setdefault(tuple(item.prompt), []).append(item)
+    groups = list(by_prompt.values())
+    drawn = np.random.default_rng([seed, len(groups)]).integers(len(groups), size=len(groups))
+    return [item for number in drawn for item in groups[number]]
+
+
 def join_ratings(pairs: Sequence[Item], rated: Sequence[Item]) -> list[Item]:
     """Attach ratings to the responses that they are about, so that no text goes through the model twice.
 
@@ -133,18 +211,37 @@ def join_ratings(pairs: Sequence[Item], rated: Sequence[Item]) -> list[Item]:
     Returns:
         The pairs, then one item for each rated response that is in no pair.
     """
-    places: dict[tuple[tuple[int, ...], tuple[int, ...]], list[float]] = {}
+    places: dict[tuple[int, tuple[int, ...], tuple[int, ...]], tuple[list[float], list[int]]] = {}
     joined: list[Item] = []
     for item in [*pairs, *rated]:
         prompt = tuple(item.prompt)
-        if item.margin is None:
-            key = (prompt, tuple(item.responses[0]))
+        if not item.compared:
+            key = (item.head, prompt, tuple(item.responses[0]))
             if key in places:
-                places[key] += item.ratings[0]
+                ratings, labels = places[key]
+                ratings += item.ratings[0]
+                labels += item.labels[0] if item.labels else []
                 continue
-        # Lists are copied, since ratings are added to them.
-        fresh = Item(item.index, item.prompt, item.responses, item.margin, [list(own) for own in item.ratings])
-        for ids, own in zip(fresh.responses, fresh.ratings, strict=True):
-            places.setdefault((prompt, tuple(ids)), own)
+        # Lists are copied, since ratings and labels are added to them.
+        fresh = replace(
+            item,
+            ratings=[list(own) for own in item.ratings],
+            labels=[list(own) for own in item.labels] or [[] for _ in item.responses],
+        )
+        for ids, own_ratings, own_labels in zip(fresh.responses, fresh.ratings, fresh.labels, strict=True):
+            places.setdefault((fresh.head, prompt, tuple(ids)), (own_ratings, own_labels))
         joined.append(fresh)
     return joined
+
+
+def as_labels(items: Sequence[Item], ratings: Sequence[Rating], heads: Sequence[HeadSpec]) -> list[Item]:
+    """Ratings of heads that are costs: not numbers to predict but words on what is harmful."""
+    labelled = []
+    for item in items:
+        head = heads[item.head] if heads else None
+        if head is None or head.kind == "reward":
+            labelled.append(item)
+        elif head.harmful_above is not None:
+            sign = 1 if ratings[item.index].score > head.harmful_above else -1
+            labelled.append(replace(item, ratings=[[]], labels=[[sign]]))
+    return labelled

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tunegate.training.config import RewardSpec
 from tunegate.training.reward_data import Item
-from tunegate.training.reward_losses import pairwise_loss, pointwise_loss
+from tunegate.training.reward_losses import pairwise_loss, pointwise_loss, sign_loss
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 _FOLDS = 5
@@ -75,7 +75,14 @@ class _Problem:
     def __init__(
         self, items: Sequence[Item], features: Sequence[np.ndarray], chosen: Sequence[int], spec: RewardSpec
     ) -> None:
-        pairs = [index for index in chosen if items[index].margin is not None]
+        compared = [index for index in chosen if items[index].compared]
+        pairs = [(index, *pair) for index in compared for pair in items[index].compared]
+        labelled = [
+            (features[index][response], sign)
+            for index in chosen
+            for response, signs in enumerate(items[index].labels)
+            for sign in signs
+        ]
         rated = [
             (features[index][response], value)
             for index in chosen
@@ -86,9 +93,16 @@ class _Problem:
         self.with_pairs = bool(pairs) and spec.objective != "pointwise"
         self.with_ratings = bool(rated) and spec.objective != "pairwise"
         if self.with_pairs:
-            self.chosen = torch.from_numpy(np.stack([features[index][0] for index in pairs]))
-            self.rejected = torch.from_numpy(np.stack([features[index][1] for index in pairs]))
-            self.margins = torch.tensor([items[index].margin or 0.0 for index in pairs], dtype=torch.float64)
+            self.chosen = torch.from_numpy(np.stack([features[index][better] for index, better, _, _ in pairs]))
+            self.rejected = torch.from_numpy(np.stack([features[index][worse] for index, _, worse, _ in pairs]))
+            self.margins = torch.tensor([margin for _, _, _, margin in pairs], dtype=torch.float64)
+            # A ranking weighs as much as a pair.
+            shares = [1.0 / len(items[index].compared) / len(compared) for index, _, _, _ in pairs]
+            self.shares = torch.tensor(shares, dtype=torch.float64)
+        self.with_labels = bool(labelled)
+        if self.with_labels:
+            self.labelled = torch.from_numpy(np.stack([feature for feature, _ in labelled]))
+            self.signs = torch.tensor([sign for _, sign in labelled], dtype=torch.float64)
         if self.with_ratings:
             self.rated = torch.from_numpy(np.stack([feature for feature, _ in rated]))
             self.targets = torch.tensor([value for _, value in rated], dtype=torch.float64)
@@ -98,11 +112,13 @@ class _Problem:
         parts = []
         if self.with_pairs:
             scores = self.chosen @ weight_D, self.rejected @ weight_D
-            loss = pairwise_loss(*scores, self.margins, centering=self.spec.centering).mean()
+            loss = (self.shares * pairwise_loss(*scores, self.margins, centering=self.spec.centering)).sum()
             parts.append(loss * (self.spec.alpha if self.spec.objective == "joint" else 1.0))
         if self.with_ratings:
             loss = pointwise_loss(self.rated @ weight_D, self.targets, huber_delta=self.spec.huber_delta).mean()
             parts.append(loss * (1.0 - self.spec.alpha if self.spec.objective == "joint" else 1.0))
+        if self.with_labels:
+            parts.append(sign_loss(self.labelled @ weight_D, self.signs).mean())
         return torch.stack(parts).sum() if parts else weight_D.sum() * 0.0
 
     def value(self, weight_D: np.ndarray) -> float:
@@ -112,7 +128,7 @@ class _Problem:
     @property
     def width(self) -> int:
         """D."""
-        return int((self.chosen if self.with_pairs else self.rated).shape[1])
+        return int((self.chosen if self.with_pairs else self.rated if self.with_ratings else self.labelled).shape[1])
 
 
 def _solve(problem: _Problem, ridge: float) -> np.ndarray:

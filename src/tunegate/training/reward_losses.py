@@ -22,6 +22,16 @@ def pairwise_loss(chosen_B: Tensor, rejected_B: Tensor, margin_B: Tensor, *, cen
     return ranking_B + centering * (chosen_B + rejected_B).square()
 
 
+def sign_loss(cost_B: Tensor, sign_B: Tensor) -> Tensor:
+    """-log sigmoid(s C), [B]: puts the border between harmful and harmless at a cost of 0 (Safe RLHF, eq. 5).
+
+    Args:
+        cost_B: Raw costs.
+        sign_B: s, 1 for responses that are harmful and -1 for those that are not.
+    """
+    return -nn.functional.logsigmoid(sign_B * cost_B)
+
+
 def pointwise_loss(raw_B: Tensor, target_B: Tensor, *, huber_delta: float | None) -> Tensor:
     """(r - z)^2, or the Huber loss of r - z, [B] (TRAINING, line 9).
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from tunegate.training.models import (
     load_sequence_scorer,
     save_model,
 )
+from tunegate.training.reward_heads import HeadScale, load_heads
 
 HEAD_FILE = "reward_head.json"
 _SCORING_TOKENS = 8192  # tokens a forward pass: no gradients are kept, so memory is no concern
@@ -38,6 +39,7 @@ class RewardHead:
         rating_mean: Mean of the training ratings; None if the model was not fitted to ratings.
         rating_scale: Their standard deviation.
         max_length: Longest prompt and response (tokens) the model was trained on.
+        heads: Of a model with several, which `load` can read one by one.
     """
 
     gain: float = 1.0
@@ -45,6 +47,7 @@ class RewardHead:
     rating_mean: float | None = None
     rating_scale: float | None = None
     max_length: int = 512
+    heads: tuple[HeadScale, ...] = ()
 
     def normalised_on(self, raw: np.ndarray) -> RewardHead:
         """The head whose scores of the given raw scores have mean 0 and variance 1 (TRAINING, line 11).
@@ -92,11 +95,16 @@ class RewardModel:
         self.head = head
 
     @classmethod
-    def load(cls, path: Path, *, precision: Precision = "auto") -> RewardModel:
+    def load(cls, path: Path, *, precision: Precision = "auto", head: str | None = None) -> RewardModel:
         """Load what `save` wrote.
 
+        Args:
+            path: The folder.
+            precision: Of the computation.
+            head: Read this one of several heads instead of the joint one; a cost is not standardised.
+
         Raises:
-            ModelError: If the folder is not a reward model.
+            ModelError: If the folder is not a reward model, or has no such head.
         """
         file = path / HEAD_FILE
         if not file.is_file():
@@ -105,8 +113,26 @@ class RewardModel:
                 key=str(path),
                 fix="give the folder that the reward stage wrote",
             )
-        head = RewardHead(**json.loads(file.read_text()))
-        return cls(load_sequence_scorer(path, precision), Chat.load(path), head)
+        content = json.loads(file.read_text())
+        scales = tuple(HeadScale(**scale) for scale in content.pop("heads", []))
+        found = RewardHead(**content, heads=scales)
+        model = load_sequence_scorer(path, precision)
+        if head is not None:
+            names = [scale.name for scale in scales]
+            if head not in names:
+                raise ModelError(
+                    "the reward model has no such head",
+                    key=str(path),
+                    value=head,
+                    fix=f"use one of {', '.join(names)}" if names else "train it with reward.heads",
+                )
+            place = names.index(head)
+            with torch.no_grad():
+                model.score.weight.copy_(load_heads(path)[place][None])
+            scale = scales[place]
+            gain, bias = (scale.gain, scale.bias) if scale.kind == "reward" else (1.0, 0.0)
+            found = replace(found, gain=gain, bias=bias, rating_mean=None, rating_scale=None)
+        return cls(model, Chat.load(path), found)
 
     def save(self, out: Path, *, like: Path | None = None) -> None:
         """Write a plain Hugging Face folder and `reward_head.json`.
@@ -182,5 +208,5 @@ class RewardModel:
 
 def write_head(head: RewardHead, folder: Path) -> None:
     """Write `reward_head.json`."""
-    fields = {name: getattr(head, name) for name in RewardHead.__dataclass_fields__}
+    fields = asdict(head)
     (folder / HEAD_FILE).write_text(json.dumps(fields, indent=2) + "\n")

@@ -33,8 +33,12 @@ def last_hidden(model: Any, items: Sequence[Item], pad_id: int) -> Tensor:
 
 def score_items(model: Any, items: Sequence[Item], pad_id: int) -> Tensor:
     """Raw scores, with gradients, [sum of responses] fp32, item by item."""
-    scores: Tensor = last_hidden(model, items, pad_id).float() @ model.score.weight[0].float()
-    return scores
+    weight_HD: Tensor = model.score.weight.float()
+    hidden_ND = last_hidden(model, items, pad_id).float()
+    if len(weight_HD) == 1:
+        return hidden_ND @ weight_HD[0]
+    heads_N = torch.tensor([item.head for item in items for _ in item.responses], device=hidden_ND.device)
+    return (hidden_ND @ weight_HD.T).gather(1, heads_N[:, None])[:, 0]
 
 
 def raw_item_scores(model: Any, items: Sequence[Item], pad_id: int, observer: Observer) -> list[np.ndarray]:
