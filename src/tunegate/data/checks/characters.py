@@ -15,6 +15,7 @@ _CONTROLS = "[\\x00-\\x08\\x0B\\x0C\\x0E-\\x1F\\x7F-\\x{9F}]"
 _BIDI = "[\\x{202A}-\\x{202E}\\x{2066}-\\x{2069}]"
 _TAGS = "[\\x{E0000}-\\x{E007F}]"
 _NONCHARACTERS = "[\\x{FDD0}-\\x{FDEF}\\x{FFFE}\\x{FFFF}]"
+_ANY = f"{_CONTROLS}|{_BIDI}|{_TAGS}|{_NONCHARACTERS}|\ufffd"
 
 TEMPLATE_MARKERS: tuple[str, ...] = (
     "<|im_start|>",
@@ -52,7 +53,9 @@ TEMPLATE_MARKERS: tuple[str, ...] = (
 
 def check_characters(batch: Batch, *, max_replacement: int) -> pl.DataFrame:
     """Control, bidirectional-override, tag and non-characters, and many replacement characters."""
-    turns = batch.turns
+    turns = batch.turns.filter(pl.col("content").str.contains(_ANY))
+    if turns.is_empty():
+        return findings()
     rules = (
         (_CONTROLS, 0, "control_character", "{} has {} control characters"),
         (_BIDI, 0, "bidirectional_control", "{} has {} bidirectional controls"),
