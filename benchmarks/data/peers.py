@@ -1,4 +1,4 @@
-"""The same rules in Great Expectations and in datasketch; runs in a virtual environment of its own.
+"""The same rules in Great Expectations, pandera and datasketch; runs in a virtual environment of its own.
 
 Nothing here imports Tunegate. `run.py` calls it and compares the findings.
 """
@@ -53,6 +53,40 @@ def schema(flat: Path) -> dict:
             raise RuntimeError(str(rule.exception_info)[:500])
         found.update(int(place["row"]) for place in rule.result.get("unexpected_index_list") or ())
     return _figures(started, len(frame)) | {"found": sorted(found), "version": gx.__version__}
+
+
+def frame(flat: Path) -> dict:
+    """The same schema rules in pandera's polars backend, over the whole file at once."""
+    import pandera
+    import pandera.polars as pa
+    import polars as pl
+
+    started = time.perf_counter()
+    rows = pl.read_parquet(flat)
+
+    def rule(expression: pl.Expr) -> pa.Check:
+        return pa.Check(lambda data: data.lazyframe.select(expression))
+
+    text = [pa.Check.str_contains(r"\S")]
+    schema = pa.DataFrameSchema(
+        {
+            "id": pa.Column(pl.String, unique=True),
+            "prompt_role": pa.Column(pl.String, pa.Check.isin(["system", "user", "assistant"])),
+            "prompt_content": pa.Column(pl.String, text),
+            "chosen": pa.Column(pl.String, text),
+            "rejected": pa.Column(pl.String, text),
+            "margin": pa.Column(pl.Float64, rule(pl.col("margin").is_finite()), nullable=True),
+            "split": pa.Column(pl.String, pa.Check.isin(["train", "heldout"])),
+            "repeats": pa.Column(pl.Int32, pa.Check.ge(1)),
+            "scale_low": pa.Column(pl.Float64, rule(pl.col("scale_low") < pl.col("scale_high"))),
+        }
+    )
+    found: set[int] = set()
+    try:
+        schema.validate(rows, lazy=True)
+    except pa.errors.SchemaErrors as error:
+        found.update(rows["row"].gather(error.failure_cases["index"].drop_nulls()).to_list())
+    return _figures(started, rows.height) | {"found": sorted(found), "version": pandera.__version__}
 
 
 def near(flat: Path, rows: int, bands: int, width: int, limit: float) -> dict:
@@ -110,9 +144,8 @@ def _figures(started: float, rows: int) -> dict:
 
 if __name__ == "__main__":
     what, path, *rest = sys.argv[1:]
-    answer = (
-        schema(Path(path))
-        if what == "schema"
-        else near(Path(path), int(rest[0]), int(rest[1]), int(rest[2]), float(rest[3]))
-    )
+    if what == "near":
+        answer = near(Path(path), int(rest[0]), int(rest[1]), int(rest[2]), float(rest[3]))
+    else:
+        answer = {"schema": schema, "frame": frame}[what](Path(path))
     json.dump(answer, sys.stdout)

@@ -26,7 +26,14 @@ SEED = 20261122
 SIZES = (100_000, 1_000_000)
 NEAR_ROWS = 50_000
 RECALL_ROWS = 20_000
-PEERS = ("great_expectations==1.24.1", "datasketch==2.0.0", "pyarrow>=20", "scipy")
+PEERS = (
+    "great_expectations==1.24.1",
+    "pandera[polars]==0.35.0",
+    "datasketch==2.0.0",
+    "polars>=2.1,<3",
+    "pyarrow>=20",
+    "scipy",
+)
 
 
 def _measured(work: Callable[[], dict[str, Any]], rows: int) -> dict[str, Any]:
@@ -244,24 +251,18 @@ def measure(folder: Path, steps: list[str]) -> dict[str, Any]:
         pairs = []
         for size, place in zip(SIZES, (small, large), strict=True):
             ours = _child("schema", place, size)
-            theirs = _peer(folder, "schema", place / "flat.parquet")
-            pairs.append(
-                {
-                    "tunegate": _without_rows(ours),
-                    "great_expectations": _without_rows(theirs),
-                    "findings": _agreement(ours["found"], theirs["found"]),
-                }
-            )
+            pair = {"tunegate": _without_rows(ours)}
+            for peer, work in (("great_expectations", "schema"), ("pandera", "frame")):
+                theirs = _peer(folder, work, place / "flat.parquet")
+                pair[peer] = _without_rows(theirs) | _agreement(ours["found"], theirs["found"])
+            pairs.append(pair)
         results["schema"] = pairs
     if "near" in steps:
         ours = _child("near", small, NEAR_ROWS)
         settings = (ours["bands"], ours["rows_a_band"], ours["threshold"])
         theirs = _peer(folder, "near", small / "flat.parquet", NEAR_ROWS, *settings)
-        results["near"] = {
-            "tunegate": _without_rows(ours),
-            "datasketch": _without_rows(theirs),
-            "findings": _agreement(ours["found"], theirs["found"]),
-        }
+        agreement = _agreement(ours["found"], theirs["found"])
+        results["near"] = {"tunegate": _without_rows(ours), "datasketch": _without_rows(theirs) | agreement}
     if "recall" in steps:
         ours, all_pairs = _child("near", small, RECALL_ROWS), _child("brute", small, RECALL_ROWS)
         found = _agreement(ours["found"], all_pairs["found"])
@@ -300,18 +301,22 @@ def table(results: dict[str, Any]) -> str:
         line("**full default validation**", f, f"{f['quarantined']:,} quarantined, {f['redacted']:,} redacted")
     for f in results.get("mix", []):
         line("mixing (JSON lines, prompts derived)", f, f"{f['refused']:,} refused")
+
+    def peer(name: str, f: dict[str, Any]) -> None:
+        line(
+            f"{name} {f['version']}",
+            f,
+            f"{f['both']:,} the same, {f['only_tunegate']} by Tunegate alone, {f['only_peer']} by the peer alone",
+        )
+
     for pair in results.get("schema", []):
-        both = f"{pair['findings']['both']:,} rows both"
-        line("schema rules, Tunegate", pair["tunegate"], both)
-        only = pair["findings"]["only_tunegate"], pair["findings"]["only_peer"]
-        version = pair["great_expectations"]["version"]
-        line(f"schema rules, Great Expectations {version}", pair["great_expectations"], f"{only[0]} / {only[1]} alone")
+        line("**schema rules, Tunegate**", pair["tunegate"], f"{pair['tunegate']['found']:,}")
+        peer("schema rules, Great Expectations", pair["great_expectations"])
+        peer("schema rules, pandera (polars)", pair["pandera"])
     if "near" in results:
         pair = results["near"]
-        line("near-duplicates, Tunegate", pair["tunegate"], f"{pair['findings']['both']:,} rows both")
-        only = pair["findings"]["only_tunegate"], pair["findings"]["only_peer"]
-        version = pair["datasketch"]["version"]
-        line(f"near-duplicates, datasketch {version}", pair["datasketch"], f"{only[0]} / {only[1]} alone")
+        line("**near-duplicates, Tunegate**", pair["tunegate"], f"{pair['tunegate']['found']:,}")
+        peer("near-duplicates, datasketch", pair["datasketch"])
     if "recall" in results:
         r = results["recall"]
         lines += [
@@ -323,9 +328,9 @@ def table(results: dict[str, Any]) -> str:
         "",
         "The full validation is every check but the sampled ones on every row (2,000 rows a kind for language and "
         "toxicity), with 2,000 evaluation prompts to look for; clean set, quarantine and report are written. "
-        "Both peers get the rows flattened, name every row that they find, and use the same rules: Great Expectations "
-        "the same fourteen expectations over pandas with Arrow columns, datasketch the same shingles, bands and exact "
-        "comparison of candidates. `alone` is found by Tunegate only / by the peer only.",
+        "The peers get the rows flattened and name every row that they find: Great Expectations by fourteen "
+        "expectations over pandas with Arrow columns, pandera over one polars frame, datasketch with the same shingles "
+        "and bands and the same exact comparison of candidates. Tunegate reads the nested rows and streams them.",
     ]
     return "\n".join(lines) + "\n"
 
