@@ -168,6 +168,7 @@ def _prepare(
                     "storage_root": spec.storage.root,
                     "runner": runner,
                     "environment": _container_environment(folder) if runner == "docker" else {},
+                    "passed_on": _passed_on(spec),
                     "mounts": _mounts(spec, parameters) if runner == "docker" else {},
                     "arguments": {
                         "spec_uri": str(spec_file),
@@ -193,6 +194,12 @@ def _prepare(
 def _container_environment(folder: Path) -> dict[str, str]:
     """What is written down of a container's environment; the worker adds credentials from its own."""
     return {EVENTS_VARIABLE: str(folder / "events.jsonl"), "HOME": "/tmp"}
+
+
+def _passed_on(spec: TuneSpec) -> list[str]:
+    """Names of variables whose values the worker passes on to containers besides those of AWS and MLflow."""
+    endpoint = spec.evaluation.judge.endpoint
+    return [] if endpoint is None else [endpoint.key_variable]
 
 
 def _mounts(spec: TuneSpec, parameters: Mapping[str, str]) -> dict[str, dict[str, str]]:

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def _runner(job: dict[str, Any]) -> Any:
                 for path, v in wanted.items()
             ],
             # Settings and credentials of S3 and MLflow go from process to container, never into a file.
-            environment={**_passed_on(), **job.get("environment", {})},
+            environment={**_passed_on(job.get("passed_on", [])), **job.get("environment", {})},
             user=f"{os.getuid()}:{os.getgid()}",
             read_only=True,
             tmpfs={"/tmp": "exec,mode=1777"},
@@ -59,8 +60,8 @@ def _runner(job: dict[str, Any]) -> Any:
     return local.SubprocessRunner(use_venv=False)
 
 
-def _passed_on() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "MLFLOW_"))}
+def _passed_on(named: Sequence[str]) -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "MLFLOW_")) or name in named}
 
 
 def _die_with_parent(parent: int) -> None:
