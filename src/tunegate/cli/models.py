@@ -125,29 +125,33 @@ def _print_balance(found: VersionBalance) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for column in ("version", "aliases", "verdict", "wins over base", "safe", "over-refusal", "from", ""):
-        table.add_column(column, justify="right" if column in {"wins over base", "safe", "over-refusal"} else "left")
+    for column in ("", "version", "alias", "verdict", "wins", "safe", "over-refusal", "from"):
+        table.add_column(column, justify="right" if column in {"wins", "safe", "over-refusal"} else "left")
     for point in found.points:
-        remarks = ["on the front"] * point.on_front + ["other conditions"] * (not point.comparable)
         table.add_row(
-            point.version,
-            ", ".join(point.aliases),
+            "◆" if point.on_front else "",
+            point.version if point.comparable else f"({point.version})",
+            "\n".join(point.aliases),
             "rejected" if point.rejected else point.verdict,
             _share(point.useful),
             _share(point.safe),
             "" if point.over_refusal is None else f"{point.over_refusal:.1%}",
-            f"{point.parent} ({point.link})" if point.parent else "",
-            ", ".join(remarks),
+            point.parent or "",
         )
     console = Console()
     console.print(table)
+    console.print("wins: against the base model; safe: harmful requests safely declined; ◆: Pareto front", style="dim")
+    if not all(point.comparable for point in found.points):
+        console.print("(): measured on other prompts, otherwise, or against another base model", style="dim")
     for number, reason in found.left_out.items():
         console.print(f"version {number} is left out: {reason}", style="dim", highlight=False)
 
 
 def _share(share: Share) -> str:
     shown = f"{share.estimate:.1%}"
-    return shown if share.low is None or share.high is None else f"{shown} [{share.low:.1%}, {share.high:.1%}]"
+    if share.low is None or share.high is None:
+        return shown
+    return f"{shown} [{100 * share.low:.0f}, {100 * share.high:.0f}]"
 
 
 @registry.command()
