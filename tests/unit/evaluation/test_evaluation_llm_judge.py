@@ -265,3 +265,17 @@ def test_the_evaluation_reports_a_second_opinion(endpoint, tmp_path):
     labels = Counter(r["llm_label"] for r in pq.read_table(tmp_path / "responses.parquet").to_pylist())
     assert labels == {"declined": 5, "complied": 5, None: 26}
     assert not [note for note in found.notes if "usable" in note]
+
+
+def test_a_container_gets_the_key_by_name_and_no_file_holds_it(monkeypatch):
+    from tunegate.cluster import local, worker
+    from tunegate.config import build_spec
+
+    endpoint = {"url": "https://host/v1", "model": "m", "key_variable": "MY_KEY"}
+    spec = build_spec({"evaluation": {"judge": {"endpoint": endpoint}}})
+    monkeypatch.setenv("MY_KEY", "sk-secret")
+    assert local._passed_on(spec) == ["MY_KEY"]
+    assert local._passed_on(build_spec({})) == []
+    assert worker._passed_on(["MY_KEY"])["MY_KEY"] == "sk-secret"
+    assert "MY_KEY" not in worker._passed_on([])
+    assert "sk-secret" not in spec.model_dump_json()
