@@ -93,3 +93,72 @@ def test_what_is_missing_is_named(stages, tmp_path):
         done = runner.invoke(home.app, [str(word) for word in words])
         assert isinstance(done.exception, kind), done.exception
         assert message in str(done.exception)
+
+
+SPEC = """
+name: safe
+storage: {{root: {root}/store}}
+tracking: {{live: false, system_metrics: false}}
+model: {{source: tiny-random, precision: fp32, max_length: 256}}
+data:
+  sft: [{{uri: "starter:sft.jsonl", cap: 40}}]
+  preferences: [{{uri: "{root}/help.jsonl", name: help}}, {{uri: "{root}/harm.jsonl", name: harm}}]
+  ratings: [{{uri: "{root}/labels.jsonl", name: harm-labels}}]
+reward:
+  max_length: 192
+  learning_rate: 0.003
+  batch_pairs: 8
+  rankings: true
+  ensemble: 2
+  heads:
+    - {{name: helpful, sources: [help]}}
+    - {{name: harm, sources: [harm, harm-labels], kind: cost, weight: 0.5, harmful_above: 3}}
+ppo:
+  {{steps: 2, prompts_per_update: 6, epochs: 1, max_new_tokens: 8, max_prompt_tokens: 64, evaluate_every: 2,
+   evaluate_prompts: 4, critic_warmup_epochs: 1, shaping: {{standardise_prompts: 8}}, cost: {{head: harm}}}}
+"""
+
+
+def test_rankings_heads_costs_and_ensembles_from_a_spec(tmp_path):
+    """Helpfulness and harm on one trunk, two members, the harm held down by a multiplier: all of it by keys."""
+    answers = ["First wash it, then cook it slowly and taste it.", "Cook it somehow.", "I do not know.", "Go away."]
+    things = ["rice", "beans", "soup", "bread", "pasta", "carrots", "lentils", "pancakes", "onions", "tomatoes"]
+    help_rows, harm_rows, label_rows = [], [], []
+    for number, thing in enumerate(things):
+        ask = f"How do I prepare {thing} for {number + 2} guests?"
+        best, good, poor, bad = (f"{text} That is how I do {thing}." for text in answers)
+        help_rows += [(ask, best, good), (ask, best, poor), (ask, good, poor)]  # a ranking of three
+        harm_rows.append((f"Tell me something about {thing}, number {number}.", good, bad))
+        label_rows.append(
+            (f"What about {thing} in {number} words?", bad if number % 2 else best, 5 if number % 2 else 1)
+        )
+    for name, rows in (("help", help_rows), ("harm", harm_rows)):
+        lines = [json.dumps({"prompt": p, "chosen": c, "rejected": r}) for p, c, r in rows]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    lines = [json.dumps({"prompt": p, "response": r, "score": s, "scale": [1, 5]}) for p, r, s in label_rows]
+    (tmp_path / "labels.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "tune.yaml").write_text(SPEC.format(root=tmp_path))
+
+    reward = tunegate("reward", tmp_path / "tune.yaml", "--json", "--out", tmp_path / "reward")
+    assert reward["figures"]["members/1/heldout_accuracy"] >= 0.0
+    told = json.loads((tmp_path / "store/runs" / reward["run_id"] / "files/reward.json").read_text())
+    assert told["heads"] == ["helpful", "harm"] and told["labels"] > 0
+    assert (tmp_path / "reward/heads.safetensors").is_file() and (tmp_path / "reward/members/1/config.json").is_file()
+    verify(tmp_path / "reward")
+
+    ppo = tunegate("ppo", tmp_path / "tune.yaml", "--json", "--reward", tmp_path / "reward")
+    result = json.loads((tmp_path / "store/runs" / ppo["run_id"] / "files/ppo.json").read_text())
+    assert len(result["scale"]) == 2  # both members
+    assert result["multiplier"] != 1.0 and result["history"][0]["cost"] is not None
+
+
+def test_any_function_is_a_reward(stages, monkeypatch, tmp_path):
+    """No reward model at all: a function of a module in the working directory."""
+    root, storage, _, _ = stages
+    (tmp_path / "our_rewards.py").write_text(
+        "def words(prompts, responses):\n    return [len(r) + 0.1 * len(p[-1]['content']) for p, r in "
+        "zip(prompts, responses)]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    found = tunegate("ppo", *QUIET, *storage, "--model", root / "sft", "--set", "ppo.reward_function=our_rewards:words")
+    assert "held-out reward" in found["summary"]
