@@ -29,6 +29,7 @@ class Figures:
         scores: Mean score of each update's responses (PPO).
         kl: KL(policy, reference) of each update's responses, nats a response (PPO).
         tokens: Response tokens that were trained on, mean of an update (PPO).
+        threads: That torch computed with.
         peak_bytes: Largest resident memory of the process; on a GPU the most memory allocated there.
         flops: Multiply-and-add operations x 2 of the matrix products of each timed step, where they were counted.
         versions: Of the packages that matter.
@@ -44,6 +45,7 @@ class Figures:
     scores: list[float] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)
     tokens: float | None = None
+    threads: int = 0
     peak_bytes: int = 0
     flops: list[float] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
@@ -51,6 +53,9 @@ class Figures:
 
     def write(self, path: Path) -> None:
         """Fill in memory and versions, and write."""
+        import torch
+
+        self.threads = torch.get_num_threads()
         self.peak_bytes = peak_bytes()
         self.versions = versions()
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -114,9 +114,13 @@ def run(
 def _measure(
     job: Job, work: Path, peers: Path, out: Path, device: str, lock: Path | None, extra: Sequence[str] = ()
 ) -> None:
-    python = sys.executable if job.peer is None else str(peers / job.peer / "bin" / "python")
-    command = [python, str(HERE / job.script), *job.arguments, "--work", str(work), "--out", str(out), *extra]
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    python = sys.executable
+    if job.peer is not None and (peers / job.peer / "bin" / "python").is_file():
+        python = str(peers / job.peer / "bin" / "python")
+    elif job.peer is not None:  # a folder of packages (`pip install --target`), before those of this environment
+        environment["PYTHONPATH"] = os.pathsep.join([str(peers / job.peer), environment.get("PYTHONPATH", "")])
+    command = [python, str(HERE / job.script), *job.arguments, "--work", str(work), "--out", str(out), *extra]
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     with _locked(lock):
@@ -192,7 +196,7 @@ def join(work: Path, jobs: Sequence[Job], device: str) -> dict[str, Any]:
             "rate_cpu": sum(units) / cpu,
             "peak_bytes": max(one["peak_bytes"] for one in found),
             "tokens": statistics.mean(one["tokens"] for one in found) if found[0]["tokens"] is not None else None,
-            **{name: found[0][name] for name in ("losses", "scores", "kl", "versions", "settings")},
+            **{name: found[0][name] for name in ("losses", "scores", "kl", "threads", "versions", "settings")},
         }
         counted = runs / f"{stem}-flops.json"
         if counted.is_file():

@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tunegate.data import ingest, read_records
 from tunegate.data.config import DataSpec
-from tunegate.data.records import Conversation, Preference, Prompt
+from tunegate.data.records import Conversation, Messages, Preference, Prompt
 from tunegate.observer import NullObserver
 from tunegate.training.batching import shuffled
 from tunegate.training.chat import Chat
@@ -194,25 +195,42 @@ def _write_pairs(work: Path, chat: Chat, dataset: Path, sizes: Sizes) -> None:
 
 def _write_prompts(work: Path, chat: Chat, dataset: Path, sizes: Sizes) -> None:
     """`prompts-records.json` for us, `prompts.json` with ids for the peers."""
-    prompts: list[Prompt] = list(read_records(dataset, "prompts"))
     # Two are held out, which the library asks for. The peer must not reach the end of its prompts: accelerate then ends
     # the accumulation of gradients with every microbatch, and the peer would step the optimizer four times as often.
     wanted = (sizes.ppo_updates + 1) * sizes.ppo_batch + 2
     records, rows = [], []
-    seen: set[str] = set()
-    for prompt in prompts:
-        ids = chat.prompt_ids(prompt.messages)
-        key = json.dumps(prompt.messages)
-        if len(ids) <= sizes.prompt and key not in seen:
-            seen.add(key)
-            records.append({"id": prompt.id, "messages": prompt.messages})
-            rows.append(ids)
+    for number, messages in enumerate(_prompts(chat, list(read_records(dataset, "prompts")), sizes.prompt)):
+        records.append({"id": f"prompt-{number}", "messages": messages})
+        rows.append(chat.prompt_ids(messages))
         if len(records) == wanted:
             break
     if len(records) < wanted:
         raise SystemExit(f"only {len(records)} prompts have at most {sizes.prompt} tokens, {wanted} are needed")
     _dump(work / "prompts-records.json", records)
     _dump(work / "prompts.json", rows[: wanted - 2])
+
+
+def _prompts(chat: Chat, prompts: Sequence[Prompt], limit: int) -> Iterator[Messages]:
+    """Prompts as they are where they are to be short; for long ones several requests are put into one message."""
+    seen: set[str] = set()
+    if limit <= 128:
+        for prompt in prompts:
+            key = json.dumps(prompt.messages)
+            if key not in seen and len(chat.prompt_ids(prompt.messages)) <= limit:
+                seen.add(key)
+                yield prompt.messages
+        return
+    texts = [prompt.messages[-1]["content"] for prompt in prompts]
+    for start in itertools.count():
+        kept: Messages = []
+        for length in range(1, len(texts)):
+            joined = "\n".join(texts[(start * 7 + place) % len(texts)] for place in range(length))
+            messages: Messages = [{"role": "user", "content": joined}]
+            if len(chat.prompt_ids(messages)) > limit:
+                break
+            kept = messages
+        if kept:
+            yield kept
 
 
 def sft_spec(sizes: Sizes, *, packing: bool = False) -> SFTSpec:
