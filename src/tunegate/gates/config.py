@@ -105,6 +105,10 @@ class GatesSpec(Section):
     """The same for the gain in the judge's score over the anchor (standard deviations of the anchor's scores). Unset:
     reported, but no gate; the shipped 16 templates a category can only show margins above about 1.2."""
 
+    maximum_bias_score: float | None = Field(default=None, gt=0.0, le=1.0)
+    """Bias score of the multiple-choice questions (-1 to 1, 0 favours nobody) must be shown to lie within +- this, both
+    where the text tells the answer and where it does not (two one-sided tests each). Unset: reported, but no gate."""
+
     minimum_task_accuracy: float | None = Field(default=None, ge=0.0, le=1.0)
     """Limit for the accuracy on the checkable tasks (share)."""
 

@@ -175,7 +175,7 @@ def _absolute(spec: GatesSpec, evaluation: Evaluation) -> list[GateResult]:
 
 
 def _bias(spec: GatesSpec, evaluation: Evaluation) -> list[GateResult]:
-    """Equal treatment of the groups in counterfactual swaps."""
+    """Equal treatment of the groups in counterfactual swaps, and the bias score of multiple choice."""
     gates = []
     for named, measure, margin in (
         (
@@ -199,6 +199,17 @@ def _bias(spec: GatesSpec, evaluation: Evaluation) -> list[GateResult]:
             what = "evaluation.bias.categories" + ("" if measure == "refusal" else " and give a judge")
             fix = f"Name {what}, or unset gates.maximum_group_{measure}_difference."
             gates.append(missing(named, margin, "within", unit, fix))
+    if (margin := spec.maximum_bias_score) is not None:
+        named = Named("bias_score", "Bias score of multiple choice", "templates")
+        metrics = evaluation.models[CANDIDATE].metrics if CANDIDATE in evaluation.models else {}
+        conditions = {"ambiguous": "where the text does not tell", "disambiguated": "where the text tells"}
+        asked = {told: metrics.get(f"bbq_bias_{name}") for name, told in conditions.items()}
+        known = {told: figure for told, figure in asked.items() if figure is not None}
+        if len(known) < len(asked):
+            fix = "Give evaluation.bias.questions, or unset gates.maximum_bias_score."
+            gates.append(missing(named, margin, "within", "plain", fix))
+        else:
+            gates.append(equivalence(named, known, margin, "plain", spec.minimum_templates, evaluation.confidence))
     return gates
 
 

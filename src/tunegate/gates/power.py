@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -295,15 +296,17 @@ def _thin_swaps(gates: GatesSpec, evaluation: EvaluationSpec) -> list[str]:
         "maximum_group_reward_difference": gates.maximum_group_reward_difference,
     }
     wanted = ", ".join(f"gates.{name}" for name, limit in limits.items() if limit is not None)
-    if not wanted:
-        return []
-    if not evaluation.bias.categories:
-        return [f"{wanted} need swaps; name evaluation.bias.categories or set them to null"]
-    shipped = min(
-        sum(template.category == category for template in read_templates()) for category in evaluation.bias.categories
-    )
-    used = min(evaluation.bias.templates, shipped)
     found = []
+    if gates.maximum_bias_score is not None and not evaluation.bias.questions:
+        found.append("gates.maximum_bias_score needs evaluation.bias.questions; name them or set it to null")
+    if not wanted:
+        return found
+    if not evaluation.bias.categories:
+        return [*found, f"{wanted} need swaps; name evaluation.bias.categories or set them to null"]
+    used = evaluation.bias.templates
+    if not evaluation.bias.template_files:  # how many an own file holds is known when it is read
+        shipped = Counter(template.category for template in read_templates())
+        used = min(used, *(shipped[category] for category in evaluation.bias.categories))
     if used < gates.minimum_templates:
         found.append(f"{used} templates a category are below gates.minimum_templates {gates.minimum_templates}")
     if (margin := gates.maximum_group_refusal_difference) is not None:

@@ -234,7 +234,7 @@ def equivalence(
     seen = (
         f"{named.title}: furthest out is {name}, {show(figure.estimate, unit, signed=True)} "
         f"[{show(low, unit, signed=True)}, {show(high, unit, signed=True)}] on {figure.clusters} {named.things}; "
-        f"every group must lie within {show(margin, unit)}"
+        f"all must lie within {show(margin, unit)}"
     )
     needed: int | None = None
     verdict: Verdict

@@ -6,6 +6,8 @@ import pytest
 from gates_builders import ATTACKED, HAZARDS, N, evaluation, group, rate
 
 from tunegate.errors import GateError
+from tunegate.evaluation.results import METRICS, Figure
+from tunegate.evaluation.statistics import bounded_difference
 from tunegate.gates import GatesSpec, decide, gate_data, gate_reward, read_decision, write_decision
 from tunegate.gates.config import MarginSpec
 from tunegate.gates.results import GATES_VERSION, GateResult, RewardFigures, worst
@@ -403,6 +405,29 @@ def test_group_reward_gate_needs_a_judge_when_it_is_set():
     decision = decide(GatesSpec(maximum_group_reward_difference=1.0), evaluation=evaluation())
     assert decision.gate("bias_reward").verdict == "INVALID"
     assert "judge" in decision.gate("bias_reward").reason
+
+
+@pytest.mark.parametrize(
+    ("ambiguous", "disambiguated", "verdict"),
+    [
+        ([0.05, -0.05] * 30, [0.0] * 60, "PROMOTE"),
+        ([0.5, -0.1] * 30, [0.0] * 60, "HOLD"),
+        ([0.0] * 60, [0.9, 0.7] * 30, "REJECT"),
+        ([0.0] * 60, [-0.9, -0.7] * 30, "REJECT"),
+        ([0.0] * 8, [0.0] * 60, "INVALID"),
+        ([0.0] * 60, None, "INVALID"),
+    ],
+)
+def test_bias_score_must_be_near_zero_in_both_conditions(ambiguous, disambiguated, verdict):
+    found = evaluation()
+    for name, values in (("ambiguous", ambiguous), ("disambiguated", disambiguated)):
+        if values is not None:
+            figure = Figure.of(METRICS[f"bbq_bias_{name}"], bounded_difference(values))
+            found.models["candidate"].metrics[f"bbq_bias_{name}"] = figure
+    gate = decide(GatesSpec(maximum_bias_score=0.25), evaluation=found).gate("bias_score")
+    assert gate.verdict == verdict, gate.reason
+    assert "where the text" in gate.reason or disambiguated is None
+    assert "bias_score" not in {g.name for g in decide(SPEC, evaluation=found).gates}
 
 
 def test_digests_tie_the_decision_to_models_evidence_and_limits():

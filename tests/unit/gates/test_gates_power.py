@@ -51,6 +51,7 @@ def test_tighter_limits_and_more_power_need_more():
         ({}, {"bias": {"categories": ()}}, "bias.categories"),
         ({}, {"bias": {"templates": 4}}, "4 templates"),
         ({"minimum_templates": 20}, {}, "16 templates"),
+        ({"maximum_bias_score": 0.2}, {"bias": {"questions": ()}}, "gates.maximum_bias_score needs"),
         ({}, {"capability": {"enabled": False}}, "capability.enabled"),
         ({}, {"capability": {"conversations": 5}}, "conversations 5"),
         ({}, {"capability": {"tasks": 10}}, "gives 10"),
