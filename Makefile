@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.demo-model
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo smoke test verify format format-check lint types imports compile cluster-check docker-check clean
+.PHONY: help install demo smoke test verify format format-check lint types imports compile cluster-check docker-check bench-data data-findings clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -60,6 +60,20 @@ docker-check: $(STAMP) ## Build the image on a local base image and run the smok
 
 compile: $(STAMP) ## Compile the pipelines and regenerate the published schema
 	$(BIN)/python -m tunegate.cluster.build
+
+bench-data: $(STAMP) ## Measure the data gate: speed, memory, recall, peers (about ten minutes)
+	$(BIN)/python benchmarks/data/run.py
+
+data-findings: $(STAMP) ## Run the data gate on the public sets in TUNEGATE_SHARED_DATA and write the table into docs/
+	$(BIN)/python benchmarks/data/real_sets.py
+
+BENCH := .tunegate/bench
+SHARED_DATA ?= $(wildcard ../shared/data)
+bench-training: $(DEMO_STAMP) ## Time the trainers beside TRL, which gets its own environments
+	bash benchmarks/training/peers.sh
+	$(BIN)/python benchmarks/training/workload.py --work $(BENCH) $(if $(SHARED_DATA),--shared-data $(SHARED_DATA))
+	$(BIN)/python benchmarks/training/compare.py --work $(BENCH) --slices 2 --out benchmarks/training/results/cpu.json
+	$(BIN)/python benchmarks/training/render.py compare benchmarks/training/results/cpu.json docs/images
 
 clean: ## Remove the virtual environment and caches (runs under .tunegate stay)
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
