@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.demo-model
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo smoke test verify format format-check lint types imports compile cluster-check docker-check bench-data data-findings clean
+.PHONY: help install demo smoke test verify format format-check lint types imports compile cluster-check docker-check bench-data data-findings bench-training clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
