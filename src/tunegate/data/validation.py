@@ -101,7 +101,7 @@ def _count_rows(dataset: Path) -> dict[Kind, int]:
         try:
             with pq.ParquetFile(path) as file:
                 rows[kind] = file.metadata.num_rows
-                missing = set(arrow_schema(kind).names) - set(file.schema_arrow.names)
+                missing, wrong = _differences(arrow_schema(kind), file.schema_arrow)
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"the file is not Parquet: {error}", key=str(path), fix="run ingest again") from error
         if missing:
@@ -110,7 +110,31 @@ def _count_rows(dataset: Path) -> dict[Kind, int]:
                 key=str(path),
                 fix="run ingest to make the dataset",
             )
+        if wrong:
+            raise DataError(
+                "columns have the wrong type: " + ", ".join(wrong), key=str(path), fix="run ingest to make the dataset"
+            )
     return rows
+
+
+def _differences(wanted: pa.Schema, found: pa.Schema) -> tuple[set[str], list[str]]:
+    """Columns that are missing, and those whose type is another one, said in words."""
+    missing = set(wanted.names) - set(found.names)
+    wrong = []
+    for field in wanted:
+        if field.name not in missing and not _alike(kind := found.field(field.name).type, field.type):
+            wrong.append(f"{field.name} is {kind}, not {field.type}")
+    return missing, wrong
+
+
+def _alike(one: pa.DataType, other: pa.DataType) -> bool:
+    return bool(one.equals(other)) or _plain(one) == _plain(other)
+
+
+def _plain(kind: pa.DataType) -> str:
+    """A type without what other writers may choose freely: the width of offsets and the name of a list's elements."""
+    text = str(kind).replace("large_", "").replace("string_view", "string").replace("element: ", "item: ")
+    return text.replace(" not null", "")
 
 
 class _Gate:

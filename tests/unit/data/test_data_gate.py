@@ -222,6 +222,15 @@ def test_what_is_no_dataset_is_an_error(tmp_path: Path) -> None:
     pq.write_table(pa.table({"id": ["x"]}), dataset / "sft.parquet")
     with pytest.raises(DataError, match="columns are missing: file, line, messages"):
         _validate(dataset, tmp_path)
+    schema = arrow_schema("sft")
+    for column, kind in (("repeats", pa.string()), ("topic", pa.bool_()), ("messages", pa.list_(pa.string()))):
+        changed = schema.set(schema.get_field_index(column), pa.field(column, kind))
+        pq.write_table(changed.empty_table(), dataset / "sft.parquet")
+        with pytest.raises(DataError, match=f"wrong type: {column} is "):
+            _validate(dataset, tmp_path)
+    wide = pa.list_(pa.field("element", pa.struct([("role", pa.large_string()), ("content", pa.large_string())])))
+    pq.write_table(schema.set(1, pa.field("messages", wide)).empty_table(), dataset / "sft.parquet")
+    assert _validate(dataset, tmp_path / "wide").rows["sft"].rows_in == 0
     (dataset / "sft.parquet").write_bytes(b"nonsense")
     with pytest.raises(DataError, match="not Parquet"):
         _validate(dataset, tmp_path)

@@ -1,6 +1,6 @@
 """The gate on real public sets, against figures computed here by other means.
 
-The sets are not part of the repository: their folder is `TUNEGATE_REAL_DATA` or `../shared/data`.
+The sets are not part of the repository: their folder is `TUNEGATE_SHARED_DATA` or `../shared/data`.
 """
 
 import csv
@@ -19,9 +19,9 @@ from tunegate.data.checks.base import wilson
 from tunegate.data.checks.toxicity import packaged_head
 from tunegate.observer import NullObserver
 
-REAL = Path(os.environ.get("TUNEGATE_REAL_DATA", Path(__file__).parents[3].parent / "shared" / "data"))
+REAL = Path(os.environ.get("TUNEGATE_SHARED_DATA", Path(__file__).parents[3].parent / "shared" / "data"))
 pytestmark = pytest.mark.skipif(
-    not REAL.is_dir(), reason=f"the real sets are not here ({REAL}); set TUNEGATE_REAL_DATA to their folder"
+    not REAL.is_dir(), reason=f"the real sets are not here ({REAL}); set TUNEGATE_SHARED_DATA to their folder"
 )
 
 
