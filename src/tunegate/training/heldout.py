@@ -98,8 +98,8 @@ def measure(
     numbers = share(range(len(prompts)))
     mine: list[Messages] = [prompts[number].messages for number in numbers]
     sampling = spec.rollout_sampling
-    rows = [policy.sampler.encode(messages, sampling) for messages in mine]
-    completions = policy.sampler.generate_ids(rows, sampling, seed=seed, numbers=numbers, observer=observer)
+    rows = [policy.engine.encode(messages, sampling) for messages in mine]
+    completions = policy.engine.generate_ids(rows, sampling, seed=seed, numbers=numbers, observer=observer)
     scored = score_policy(policy, rows, completions, temperature=spec.temperature, keep_stems=False)
     values: dict[str, list[float]] = {}
     for name, scorer in scorers.items():

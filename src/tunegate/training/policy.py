@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,9 @@ from tunegate.training.models import (
 from tunegate.training.ppo_config import PPOSpec
 from tunegate.training.rollout import Generator
 from tunegate.training.sharding import ShardedModel
+
+if TYPE_CHECKING:
+    from tunegate.training.vllm_rollout import VLLMGenerator
 
 _UNLIMITED = 2**31
 
@@ -96,7 +99,8 @@ class Policy:
     Attributes:
         chat: Tokenizer and template.
         model: The model whose parameters are trained.
-        sampler: Draws from the policy as of the last `refresh`.
+        sampler: The policy as of the last `refresh`, with adapters merged.
+        engine: What draws responses from it: the sampler itself, or vLLM.
         has_stem: True if the layers below the adapters are computed separately.
     """
 
@@ -123,6 +127,7 @@ class Policy:
         self._reference: Any = None
         self._upper: Any = None
         self._split = 0
+        self._merged: list[tuple[nn.Parameter, Any]] = []
         sampled = self.model
         if spec.method == "lora":
             sampled = _sharing_copy(self.model)
@@ -135,6 +140,11 @@ class Policy:
         whole = ShardedModel(self.model, sharding if spec.method == "full" else "none", keep_on_device=True)
         self._sharded, self.model = whole, whole.model
         self.sampler = Generator(sampled, self.chat, context=self.context)
+        self.engine: Generator | VLLMGenerator = self.sampler
+        if spec.generator == "vllm":
+            from tunegate.training.vllm_rollout import VLLMGenerator
+
+            self.engine = VLLMGenerator(self.sampler, str(path), memory=spec.vllm_memory)
 
     @property
     def device(self) -> torch.device:
@@ -195,10 +205,14 @@ class Policy:
         """Bring the sampler up to date with the trained parameters."""
         if self._adapted is None:
             self._sharded.refresh()
-            return
-        for target, layer in self._merged:
-            weight = layer.get_base_layer().weight.float() + layer.get_delta_weight("default").float()
-            target.copy_(weight)
+        else:
+            for target, layer in self._merged:
+                weight = layer.get_base_layer().weight.float() + layer.get_delta_weight("default").float()
+                target.copy_(weight)
+        if self.engine is not self.sampler:
+            changed = {id(target) for target, _ in self._merged}
+            names = [name for name, own in self.sampler.model.named_parameters() if id(own) in changed]
+            self.engine.refresh(names or None)  # type: ignore[union-attr]  # the only other kind
 
     def save(self, out: Path) -> None:
         """Write the policy as of the last `refresh`, adapters merged, as a plain Hugging Face folder."""
@@ -232,7 +246,6 @@ class Policy:
                 parameter.requires_grad_(False)
         self._frozen_head = Head.of(self.model)
         others = dict(trunk_of(sampled).named_modules())
-        self._merged = []
         for name, module in trunk.named_modules():
             if hasattr(module, "get_delta_weight"):
                 other = others[name]

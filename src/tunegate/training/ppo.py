@@ -441,9 +441,9 @@ class _Run:
         spec, policy = self.spec, self.policy
         numbers = share(range(len(prompts)))
         mine = [prompts[number].messages for number in numbers]
-        rows = [policy.sampler.encode(messages, spec.rollout_sampling) for messages in mine]
+        rows = [policy.engine.encode(messages, spec.rollout_sampling) for messages in mine]
         with self._clock("generate"):
-            completions = policy.sampler.generate_ids(rows, spec.rollout_sampling, seed=seed, numbers=numbers)
+            completions = policy.engine.generate_ids(rows, spec.rollout_sampling, seed=seed, numbers=numbers)
         with self._clock("score"):
             shared = spec.critic == "shared_trunk" and not spec.grouped
             reads = {name: shared and self.scorers[name].can_read(policy.chat) for name in self.signals}

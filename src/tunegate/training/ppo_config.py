@@ -270,6 +270,13 @@ class PPOSpec(Section):
     max_prompt_tokens: int = Field(default=512, ge=8)
     """Longer prompts lose their oldest turns; a prompt whose last turn alone is longer is left out."""
 
+    generator: Literal["own", "vllm"] = "own"
+    """What draws the responses: our own decoding loop, or vLLM (`pip install vllm`, a GPU, one process), which keeps a
+    second copy of the weights on the GPU and is given the new ones after every update."""
+
+    vllm_memory: float = Field(default=0.3, gt=0.0, lt=1.0)
+    """Share of the GPU's memory that vLLM may take, with `generator: vllm`; training needs the rest."""
+
     temperature: float = Field(default=0.7, gt=0.0, le=10.0)
     """Of the rollouts; old, new and reference log-probabilities are all taken at this temperature."""
 
