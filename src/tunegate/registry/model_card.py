@@ -19,6 +19,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
         facts: Plain values under these keys:
 
             - `name`, `run_id`, `created`, `code_version`, `summary`: text.
+            - `methods`: how it was trained, as the Hub's tags: `sft`, `ppo`, …
             - `base_model`, `base_license`, `license`, `language`: text.
             - `verdict`: the gates' verdict; `reasons`: a list of sentences.
             - `data`: a list of mappings, one a dataset: `name`, `source`, `records`, `license`, `digest`, `notes`.
@@ -51,7 +52,7 @@ def _header(facts: Mapping[str, Any]) -> str:
         content["language"] = facts["language"]
     if facts.get("base_model"):
         content["base_model"] = facts["base_model"]
-    content["tags"] = ["tunegate", "sft", "ppo", "rlhf"]
+    content["tags"] = ["tunegate", *(facts.get("methods") or ("sft", "ppo"))]
     return f"---\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True).rstrip()}\n---"
 
 

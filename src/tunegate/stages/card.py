@@ -17,6 +17,7 @@ _SETTINGS: dict[str, tuple[str, ...]] = {
     "sft": ("epochs", "max_steps", "learning_rate", "batch_size", "max_length", "schedule"),
     "reward": ("objective", "epochs", "learning_rate", "batch_pairs", "max_length"),
     "ppo": ("steps", "prompts_per_update", "epochs", "learning_rate", "kl.coefficient", "max_new_tokens"),
+    "dpo": ("beta", "epochs", "learning_rate", "batch_pairs", "max_length"),
 }
 _JUDGES = {
     "independent": "Answers were compared by a reward model that PPO never saw, not by people.",
@@ -35,7 +36,12 @@ def card_facts(context: StageContext, decision: dict[str, Any]) -> dict[str, Any
     spec, run = context.spec, context.run
     ingest, evaluation = _read(context, "ingest.json"), _read(context, "evaluation.json")
     base_licence = _LICENCES.get(spec.model.source)
+    then = " and DPO" if spec.last_stage == "dpo" else f", a reward model and {spec.last_stage.upper()}"
     return {
+        "summary": (
+            f"An instruction-tuned language model made from `{spec.model.source}` by supervised fine-tuning{then}."
+        ),
+        "methods": ["sft", spec.last_stage],
         "name": spec.registry.model_name,
         "run_id": run.run_id,
         "created": decision.get("created"),
@@ -58,13 +64,14 @@ def card_facts(context: StageContext, decision: dict[str, Any]) -> dict[str, Any
         ],
         "training": [
             {
-                "stage": record.stage,
-                "method": spec.model_dump()[record.stage].get("method") or spec.model_dump()[record.stage].get("trunk"),
-                "settings": _settings(spec.model_dump()[record.stage], record.stage),
+                "stage": section,
+                "method": spec.model_dump()[section].get("method") or spec.model_dump()[section].get("trunk"),
+                "settings": _settings(spec.model_dump()[section], section),
                 "figures": record.figures,
             }
             for record in run.stages()
-            if record.stage in _SETTINGS
+            # The last stage keeps the name of PPO whatever it is.
+            if (section := "dpo" if (record.stage, spec.last_stage) == ("ppo", "dpo") else record.stage) in _SETTINGS
         ],
         "evaluation": [
             {key: gate.get(key) for key in ("estimate", "low", "high", "n", "limit", "unit", "verdict", "reason")}
@@ -77,10 +84,10 @@ def card_facts(context: StageContext, decision: dict[str, Any]) -> dict[str, Any
     }
 
 
-def _settings(section: Mapping[str, Any], stage: str) -> dict[str, Any]:
+def _settings(values: Mapping[str, Any], section: str) -> dict[str, Any]:
     found = {}
-    for path in _SETTINGS[stage]:
-        value: Any = section
+    for path in _SETTINGS[section]:
+        value: Any = values
         for part in path.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
         if value is not None:

@@ -53,7 +53,7 @@ def test_the_header_is_what_the_hub_reads():
         "language": "en",
         "base_model": "org/base",
         "pipeline_tag": "text-generation",
-        "tags": ["tunegate", "sft", "ppo", "rlhf"],
+        "tags": ["tunegate", "sft", "ppo"],
     }
 
 

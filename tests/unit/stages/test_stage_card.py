@@ -82,5 +82,12 @@ def test_a_licence_of_ones_own_goes_before_the_base_models(card):
     assert "not stated" in card(model={"source": "./own"})
 
 
+def test_another_last_stage_is_told(card):
+    text = card(last_stage="dpo")
+    assert "by supervised fine-tuning and DPO." in text
+    assert "\n- dpo\n" in text
+    assert "a reward model and PPO" in card()
+
+
 def test_a_run_without_an_evaluation_still_has_a_card(card):
     assert "## Limits" in card(evaluation={})
