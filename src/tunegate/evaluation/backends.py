@@ -144,13 +144,9 @@ class _RealScorer:
 def _real_likelihoods(
     path: Path, conversations: Sequence[Conversation], precision: Precision, observer: Observer
 ) -> Likelihoods:
-    from tunegate.training.sft import mean_answer_nll
+    from tunegate.evaluation.likelihoods import measure_likelihoods
 
-    found = mean_answer_nll(path, conversations, precision=precision, observer=observer)
-    # Conversations that do not fit come last there.
-    place = {name: index for index, name in enumerate(found.ids)}
-    order = [place[conversation.id] for conversation in conversations]
-    return Likelihoods([found.sums[i] for i in order], [found.tokens[i] for i in order])
+    return measure_likelihoods(path, conversations, precision, observer)
 
 
 def _real_divergence(

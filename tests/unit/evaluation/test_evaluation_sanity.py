@@ -363,3 +363,25 @@ def test_likelihoods_come_in_the_order_asked_even_when_some_do_not_fit(two_model
     alone = backends.likelihoods(policy, conversations[2:], NullObserver())
     assert together.tokens[2] == alone.tokens[0] > 0
     assert together.sums[2] == pytest.approx(alone.sums[0], rel=1e-4)
+
+
+def test_a_shared_prompt_changes_no_likelihood(two_models):
+    """Options of one question are measured together; each must get what it gets as a conversation of its own."""
+    from tunegate.training.sft import mean_answer_nll
+
+    policy, _ = two_models
+    turns = [{"role": "user", "content": "Who is late? Answer with one of these: the man, the woman, nobody."}]
+    other = [{"role": "user", "content": "And the rain?"}]
+    earlier = [*turns, {"role": "assistant", "content": "nobody"}, {"role": "user", "content": "Sure?"}]
+    rows = [
+        *((f"q#{i}", turns, text) for i, text in enumerate(("The man", "The woman, I think", "Nobody"))),
+        ("alone", other, "It rains."),
+        *((f"r#{i}", [*other, *other][:1], text) for i, text in enumerate(("Yes", "No, never"))),
+        *((f"e#{i}", earlier, text) for i, text in enumerate(("Yes", "No"))),
+    ]
+    conversations = [Conversation(name, [*asked, {"role": "assistant", "content": text}]) for name, asked, text in rows]
+    together = real_backends("fp32").likelihoods(policy, conversations, NullObserver())
+    for place, conversation in enumerate(conversations):
+        single = mean_answer_nll(policy, [conversation], precision="fp32")
+        assert together.tokens[place] == single.tokens[0], conversation.id
+        assert together.sums[place] == pytest.approx(single.sums[0], rel=1e-4), conversation.id
