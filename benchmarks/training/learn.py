@@ -21,6 +21,7 @@ from tunegate.data.config import DataSpec
 from tunegate.data.records import Preference, Prompt, Rating
 from tunegate.errors import TrainingStoppedError
 from tunegate.observer import NullObserver
+from tunegate.training.batching import shuffled
 from tunegate.training.config import ModelSpec, RewardSpec
 from tunegate.training.ppo_config import KLSpec, PPOSpec, RewardShapingSpec
 
@@ -28,7 +29,7 @@ MODEL = "smollm2-135m-instruct"
 HH = ("helpful-base", "harmless-base")
 SEEDS = (1, 2, 3)
 SCORE_RANGE = (1.0, 5.0)  # of "overall" in the topical_chat scores
-LONGEST = 384  # tokens of prompt and response; 13% of the pairs lose their oldest turns
+LONGEST = 256  # tokens of prompt and response; a third of the pairs lose their oldest turns
 
 
 class Progress:
@@ -85,6 +86,7 @@ def learn_reward(work: Path, shared: Path, stop: Callable[[], bool], arguments: 
     data = hh_records(work, shared)
     train: list[Preference] = list(read_records(data, "preferences", "train"))
     heldout: list[Preference] = list(read_records(data, "preferences", "heldout"))
+    train = [train[index] for index in shuffled(len(train), seed=1, epoch=0)[: arguments.pairs]]
     spec = RewardSpec(
         trunk=arguments.trunk,
         probe_first=arguments.trunk == "full",
@@ -227,15 +229,15 @@ def learn_ppo(work: Path, shared: Path, stop: Callable[[], bool], arguments: arg
     }
     spec = PPOSpec(
         steps=arguments.updates,
-        prompts_per_update=32,
+        prompts_per_update=arguments.batch,
         epochs=4,
         max_new_tokens=48,
         max_prompt_tokens=128,
         evaluate_every=max(1, arguments.updates // 3),
-        evaluate_prompts=96,
-        checkpoint_every=2,
+        evaluate_prompts=arguments.heldout,
+        checkpoint_every=1,
         kl=KLSpec(controller="adaptive", target=4.0, coefficient=0.05, horizon=400),
-        shaping=RewardShapingSpec(standardise_prompts=64),
+        shaping=RewardShapingSpec(standardise_prompts=48),
     )
     runs = {}
     for seed in SEEDS:
@@ -272,7 +274,10 @@ def main() -> int:
     parser.add_argument("--trunk", choices=("full", "frozen", "lora"), default="full")
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--pairs", type=int, help="train on so many; all without")
     parser.add_argument("--updates", type=int, default=12)
+    parser.add_argument("--batch", type=int, default=32, help="PPO: prompts an update")
+    parser.add_argument("--heldout", type=int, default=96, help="PPO: held-out prompts")
     parser.add_argument("--reward", default="main", help="name of the reward run that PPO is trained against")
     parser.add_argument("--judge", help="name of a reward run that PPO is only measured with")
     given = parser.parse_args()
