@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,11 +35,13 @@ from tunegate.observer import Observer
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+    import pyarrow as pa
 
 _PROGRESS_ROWS = 5000
 # Ratings and prompts may be derived from SFT and preferences, which therefore come first.
 _ORDER: tuple[Kind, ...] = ("sft", "preferences", "ratings", "prompts", "evaluation")
 _MIXED: tuple[Kind, ...] = ("sft", "preferences")
+_DERIVED: tuple[Kind, ...] = ("ratings", "prompts")
 
 
 def ingest(spec: DataSpec, out: Path, *, base_dir: Path, seed: int, observer: Observer) -> IngestSummary:
@@ -74,8 +77,63 @@ def ingest(spec: DataSpec, out: Path, *, base_dir: Path, seed: int, observer: Ob
 class _Queue:
     """The records of one source that await selection, in the order they were read."""
 
-    places: list[int] = field(default_factory=list)
-    in_train: list[bool] = field(default_factory=list)
+    places: array[int] = field(default_factory=lambda: array("Q"))
+    in_train: bytearray = field(default_factory=bytearray)
+
+
+class _Firsts:
+    """Derived rows of a kind, of which only the first with each key is kept; on disk until all are known.
+
+    Args:
+        folder: For temporary files.
+        kind: Whose rows these are.
+    """
+
+    def __init__(self, folder: Path, kind: Kind) -> None:
+        import numpy as np
+
+        from tunegate.data.checks.spill import Keyed
+
+        self._rows = TableWriter(folder / f".{kind}.derived.parquet", arrow_schema(kind))
+        self._keys = Keyed(folder / f".{kind}.keys", [("row", np.int64)])
+        self._waiting = array("Q")
+
+    def write(self, row: Mapping[str, Any], key: int) -> None:
+        """Add a row."""
+        self._rows.write(row)
+        self._waiting.append(key)
+        if len(self._waiting) >= BATCH_ROWS:
+            self._spill()
+
+    def _spill(self) -> None:
+        import numpy as np
+
+        keys = np.frombuffer(self._waiting, np.uint64)
+        self._keys.append(key=keys, row=self._rows.count - len(keys) + np.arange(len(keys)))
+        self._waiting = array("Q")
+
+    def kept(self) -> Iterator[pa.Table]:
+        """The rows that are kept, in their order."""
+        import numpy as np
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self._spill()
+        self._rows.close()
+        first = np.zeros(self._rows.count, dtype=bool)
+        for values, begin in self._keys.groups():
+            first[values["row"][begin == np.arange(len(values))]] = True
+        start = 0
+        with pq.ParquetFile(self._rows.path) as file:
+            for batch in read_batches(file, rows=BATCH_ROWS):
+                yield pa.Table.from_batches([batch]).filter(pa.array(first[start : start + batch.num_rows]))
+                start += batch.num_rows
+
+    def close(self) -> None:
+        """Remove the files."""
+        self._rows.close()
+        self._rows.path.unlink(missing_ok=True)
+        self._keys.close()
 
 
 class _Ingestion:
@@ -88,8 +146,6 @@ class _Ingestion:
         self.limits = Limits(spec.max_line_bytes, spec.max_decompression_ratio)
         self.counts: Counter[tuple[Kind, Split]] = Counter()
         self.summaries: list[SourceSummary] = []
-        self.seen_prompts: set[int] = set()
-        self.seen_ratings: set[int] = set()
         self.done = 0
         raters = spec.raters
         # Ratings that are brought together wait here until all are known.
@@ -102,10 +158,16 @@ class _Ingestion:
                 for kind in KINDS
             }
             self.quarantine = stack.enter_context(TableWriter(self.out / QUARANTINE_NAME, quarantine_schema()))
+            self.derived = {kind: stack.enter_context(closing(_Firsts(self.out, kind))) for kind in _DERIVED}
             for kind in _ORDER:
                 self._kind(kind)
                 if kind == "ratings" and self.waiting:
                     self._bring_together(self.waiting)
+            for kind, firsts in self.derived.items():
+                for table in firsts.kept():
+                    self.writers[kind].write_batch(table)
+                    for split, n in Counter(table["split"].to_pylist()).items():
+                        self.counts[kind, split] += n
         self.observer.progress(self.done, self.done, "row", "ingest")
         rows: dict[str, SplitCounts] = {
             kind: SplitCounts(train=self.counts[kind, "train"], heldout=self.counts[kind, "heldout"]) for kind in KINDS
@@ -234,7 +296,7 @@ class _Ingestion:
 
         counts = self._repeats(sources, queues, mixed)
         for summary, taken, queue in zip(summaries, counts, queues, strict=True):
-            train = np.asarray(queue.in_train, bool)
+            train = np.frombuffer(queue.in_train, bool)
             kept = int(np.count_nonzero(taken[train]))
             summary.left_out = int(np.count_nonzero(taken == 0))
             summary.epochs = float(taken[train].sum()) / kept if kept else 0.0
@@ -257,16 +319,18 @@ class _Ingestion:
 
         taken = []
         for source, queue in zip(sources, queues, strict=True):
-            places = np.asarray(queue.places, np.uint64)
+            places = np.frombuffer(queue.places, np.uint64)
             taken.append(repeats(places, min(len(places), source.cap or len(places))))
         if not mixed:
             return taken
-        trains = [np.asarray(queue.in_train, bool) & (counts > 0) for queue, counts in zip(queues, taken, strict=True)]
+        trains = [
+            np.frombuffer(queue.in_train, bool) & (counts > 0) for queue, counts in zip(queues, taken, strict=True)
+        ]
         supplies = [
             Supply(source.name, int(train.sum()), source.weight) for source, train in zip(sources, trains, strict=True)
         ]
         for queue, counts, train, rows in zip(queues, taken, trains, plan(supplies, self.spec.mixture), strict=True):
-            counts[train] = repeats(np.asarray(queue.places, np.uint64)[train], rows)
+            counts[train] = repeats(np.frombuffer(queue.places, np.uint64)[train], rows)
         return taken
 
     def _bring_together(self, rows: list[dict[str, Any]]) -> None:
@@ -317,14 +381,12 @@ class _Ingestion:
         if kind == "preferences" and not self.spec.ratings:
             for rating in _ratings_of(row):
                 key = hash64(str(prompt_key(messages)), rating["response"], rating["rater"] or "", str(rating["score"]))
-                if key not in self.seen_ratings:
-                    self.seen_ratings.add(key)
-                    self._write("ratings", rating)
+                self.derived["ratings"].write(rating, key)
         if kind in ("sft", "preferences") and not self.spec.prompts:
             prompt = messages[:-1] if kind == "sft" else messages
-            if prompt and prompt[-1]["role"] == "user" and (key := prompt_key(prompt)) not in self.seen_prompts:
-                self.seen_prompts.add(key)
-                self._write("prompts", _prompt_of(row, prompt, key))
+            if prompt and prompt[-1]["role"] == "user":
+                key = prompt_key(prompt)
+                self.derived["prompts"].write(_prompt_of(row, prompt, key), key)
 
     def _write(self, kind: Kind, row: Mapping[str, Any]) -> None:
         self.writers[kind].write(row)
