@@ -14,7 +14,7 @@ from torch import Tensor
 from tunegate.training.ranks import sum_over_ranks
 
 WHITENING_EPSILON = 1e-8
-"""Added to the variance before the square root (TRAINING, line 16)."""
+"""Added to the variance before the square root."""
 
 
 def masked_moments(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,7 +36,7 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def whiten(values: Tensor, mask: Tensor, *, keep_mean: bool = False) -> Tensor:
-    """(x - mean) / sqrt(var + 1e-8) over the valid elements of all ranks (TRAINING, line 16).
+    """(x - mean) / sqrt(var + 1e-8) over the valid elements of all ranks.
 
     Args:
         values: What to whiten.
@@ -60,7 +60,7 @@ def shape_scores(
     missing_eos_penalty: float,
     length_penalty: float,
 ) -> Tensor:
-    """The final reward of each response (TRAINING, lines 7 and 14): the score clipped, then penalised.
+    """The final reward of each response: the score clipped, then penalised.
 
     The penalty for a missing stop token comes after clipping, so that no score is high enough to hide it.
 
@@ -83,7 +83,7 @@ def shape_scores(
 
 
 def token_rewards(scores_B: Tensor, kl_BT: Tensor, mask_BT: Tensor, beta: float) -> Tensor:
-    """r_t = -beta kl_t + [t is the last token] score (TRAINING, line 14; Ziegler et al. 2019, eq. 2).
+    """r_t = -beta kl_t + [t is the last token] score (Ziegler et al. 2019, eq. 2).
 
     Args:
         scores_B: Final reward of each response.
@@ -99,7 +99,7 @@ def token_rewards(scores_B: Tensor, kl_BT: Tensor, mask_BT: Tensor, beta: float)
 def generalised_advantages(
     rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, *, gamma: float, gae_lambda: float
 ) -> tuple[Tensor, Tensor]:
-    """GAE (arXiv 1506.02438, eq. 16; TRAINING, line 15).
+    """GAE (arXiv 1506.02438, eq. 16).
 
     delta_t = r_t + gamma V_{t+1} - V_t with V = 0 after the last token; A_t = delta_t + gamma lambda A_{t+1};
     returns = A + V, taken before any whitening.
@@ -150,12 +150,12 @@ def group_advantages(rewards_PG: Tensor, algorithm: str) -> Tensor:
 
 
 def safe_advantages(reward_advantages: Tensor, cost_advantages: Tensor, multiplier: float) -> Tensor:
-    """A = (A_r - lambda A_c) / (1 + lambda) (Safe RLHF, arXiv 2310.12773, appendix B; TRAINING, line 26)."""
+    """A = (A_r - lambda A_c) / (1 + lambda) (Safe RLHF, arXiv 2310.12773, appendix B)."""
     return (reward_advantages - multiplier * cost_advantages) / (1.0 + multiplier)
 
 
 def ensemble_scores(scores_KB: Tensor, combine: str, variance_weight: float) -> Tensor:
-    """One score from several models' (arXiv 2310.02743, section 3.2; TRAINING, line 27), [B].
+    """One score from several models' (arXiv 2310.02743, section 3.2), [B].
 
     Args:
         scores_KB: Standardised scores, a row a model.

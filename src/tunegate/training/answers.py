@@ -127,7 +127,7 @@ def microbatches(
 def answer_loss(model: Any, answers: AnswerBatch, *, neftune_alpha: float = 0.0) -> Tensor:
     """Sum over the assistant's tokens of their negative log-likelihood (nats), with gradients.
 
-    Token t is predicted from the hidden state at t - 1 (TRAINING, line 3); the output layer runs on those alone.
+    Token t is predicted from the hidden state at t - 1; the output layer runs on those alone.
 
     Args:
         model: Causal model.

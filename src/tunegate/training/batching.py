@@ -1,7 +1,7 @@
 """From lists of token ids to tensors: padding, masks, microbatches under a token budget, packing, shuffles.
 
 Masks always come from lengths. A padding token may also occur as a real token (a model may emit it), so comparing ids
-with the padding id would silently drop it (TRAINING, line 1).
+with the padding id would silently drop it.
 
 Shape suffixes: B rows, T tokens, N items.
 """
@@ -58,7 +58,7 @@ def length_mask(lengths_B: Tensor, width: int) -> Tensor:
 
 
 def positions_from_mask(mask_BT: Tensor) -> Tensor:
-    """Positions `clamp(cumsum(mask) - 1, 0)`, right for either padding side (TRAINING, line 2)."""
+    """Positions `clamp(cumsum(mask) - 1, 0)`, right for either padding side."""
     return (mask_BT.long().cumsum(dim=1) - 1).clamp_min(0)
 
 

@@ -1,6 +1,6 @@
 """Critics: what a response will be worth, said before each of its tokens.
 
-Both kinds start as the reward model's own reading of the unfinished response (TRAINING, line 13). The one on a shared
+Both kinds start as the reward model's own reading of the unfinished response. The one on a shared
 trunk adds a small trained head to features that are computed once a rollout, in the very pass that scores it; the
 separate one is a whole trained model.
 

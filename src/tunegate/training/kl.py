@@ -24,7 +24,7 @@ ADAPTIVE_STEP = 0.2
 
 
 def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, estimator: KLEstimator) -> Tensor:
-    """Estimate KL(policy, reference) on tokens drawn from the policy, element by element (TRAINING, line 14).
+    """Estimate KL(policy, reference) on tokens drawn from the policy, element by element.
 
     With l = log pi - log pi_ref: k1 = l is unbiased and may be negative; k2 = l^2/2 is biased, and its gradient is the
     gradient of the divergence; k3 = exp(-l) - 1 + l is unbiased and never negative.
@@ -48,7 +48,7 @@ def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, estimator: KLEstim
 
 @dataclass
 class KLController:
-    """The KL coefficient beta (TRAINING, line 21).
+    """The KL coefficient beta.
 
     Attributes:
         coefficient: beta in use.
@@ -88,7 +88,7 @@ class KLController:
 
 @dataclass
 class LagrangeMultiplier:
-    """The price of a cost above its limit (TRAINING, line 26; Safe RLHF, arXiv 2310.12773, appendix B).
+    """The price of a cost above its limit (Safe RLHF, arXiv 2310.12773, appendix B).
 
     Attributes:
         value: lambda in use.

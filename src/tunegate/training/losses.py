@@ -1,7 +1,7 @@
 """The PPO losses and the log-probabilities they need, as pure tensor functions.
 
 Losses are returned as sums over valid tokens divided by a given count, never as means over whatever happens to be in
-the tensor: the gradient is then the same whatever the microbatch size and the number of ranks (TRAINING, line 19).
+the tensor: the gradient is then the same whatever the microbatch size and the number of ranks.
 
 Shape suffixes: N response tokens (flattened, valid ones only), D width of the trunk, V vocabulary.
 """
@@ -72,7 +72,7 @@ def _bf16_factors() -> Iterator[None]:
 
 
 def token_logprobs(hidden_ND: Tensor, head: Head, tokens_N: Tensor, temperature: float) -> Tensor:
-    """Find log pi of given tokens, at the sampling temperature, in fp32, [N] (TRAINING, line 3).
+    """Find log pi of given tokens, at the sampling temperature, in fp32, [N].
 
     The logits never exist for more than a chunk of positions. Where the head is frozen the gradient with respect to
     the hidden states is computed with the forward pass, so nothing of vocabulary size is kept or computed twice.
@@ -163,7 +163,7 @@ class PolicyLoss:
 def policy_loss(
     logprobs_N: Tensor, old_logprobs_N: Tensor, advantages_N: Tensor, *, clip: float, tokens: float
 ) -> PolicyLoss:
-    """L_pg = mean max(-A rho, -A clip(rho, 1 - eps, 1 + eps)) (arXiv 1707.06347, eq. 7; TRAINING, line 17).
+    """L_pg = mean max(-A rho, -A clip(rho, 1 - eps, 1 + eps)) (arXiv 1707.06347, eq. 7).
 
     Args:
         logprobs_N: log pi of each valid token, differentiable.
@@ -183,7 +183,7 @@ def policy_loss(
 
 
 def value_loss(values_N: Tensor, old_values_N: Tensor, returns_N: Tensor, *, clip: float, tokens: float) -> Tensor:
-    """L_v = 1/2 mean max((V - R)^2, (V_old + clip(V - V_old, +-eps_v) - R)^2) (TRAINING, line 18).
+    """L_v = 1/2 mean max((V - R)^2, (V_old + clip(V - V_old, +-eps_v) - R)^2).
 
     Args:
         values_N: V of each valid token, differentiable.

@@ -168,7 +168,7 @@ def load_sequence_scorer(
 
 
 def init_score_head(model: Any, *, seed: int) -> None:
-    """Draw the head from N(0, 1/(d+1)) (TRAINING, line 10; Stiennon et al. 2020, arXiv 2009.01325, appendix B.1).
+    """Draw the head from N(0, 1/(d+1)) (Stiennon et al. 2020, arXiv 2009.01325, appendix B.1).
 
     Args:
         model: A sequence scorer; its `score` head has no bias.
@@ -223,7 +223,7 @@ def checkpoint_activations(model: Any) -> None:
     """Recompute the layers' activations in the backward pass instead of keeping them.
 
     transformers does so only in layers that are in training mode; just that flag of each layer is set, so that dropout
-    inside stays off (TRAINING, line 5).
+    inside stays off.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 

@@ -112,7 +112,7 @@ class Optimizer:
     def step(self) -> StepReport:
         """Add up gradients over ranks, clip, update, and drop the gradients.
 
-        A gradient that is not finite changes nothing but the counters (TRAINING, line 23); the schedule moves on.
+        A gradient that is not finite changes nothing but the counters; the schedule moves on.
         """
         sum_gradients(m for m, layout in zip(self._masters, self._layouts, strict=True) if layout is None)
         factor = schedule_factor(

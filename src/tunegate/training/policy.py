@@ -55,7 +55,7 @@ class ResponseBatch:
     Attributes:
         batch: Prompt and response ids in a row.
         rows_N: Row of each response token; tokens are counted row by row.
-        columns_N: Column that *predicts* each response token: the one before it (TRAINING, line 3).
+        columns_N: Column that *predicts* each response token: the one before it.
         tokens_N: The response tokens.
     """
 

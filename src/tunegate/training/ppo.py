@@ -423,7 +423,7 @@ class _Run:
     # -- rollouts -------------------------------------------------------------------------------------------------
 
     def _next_prompts(self) -> list[Prompt]:
-        """The prompts of the next rollout: one epoch's permutation after another (TRAINING, line 20)."""
+        """The prompts of the next rollout: one epoch's permutation after another."""
         count, size = len(self.prompts), self.spec.prompts_per_update
         first = self.state.update * size
         epochs: dict[int, list[int]] = {}
@@ -468,7 +468,7 @@ class _Run:
         return rollout
 
     def _standardise(self, raw_KB: np.ndarray) -> None:
-        """Set the scale of the scores from the reference's responses (TRAINING, line 11)."""
+        """Set the scale of the scores from the reference's responses."""
         if self.spec.shaping.standardise:
             self.state.standardisation = standardisation = self.scorers["reward"].standardise_on(raw_KB)
             self.state.scale = [
@@ -505,7 +505,7 @@ class _Run:
         return found
 
     def _scores_by_source(self, rollout: Rollout) -> dict[str, float]:
-        """Mean standardised score of a rollout by source of the prompt (TRAINING, line 29)."""
+        """Mean standardised score of a rollout by source of the prompt."""
         total = self.spec.responses_per_update
         sources = gather(rollout.sources, total)
         scores = gather(rollout.signals["reward"].scores_B.tolist(), total)

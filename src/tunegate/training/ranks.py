@@ -1,6 +1,6 @@
 """The processes of a data-parallel run, seen from one of them.
 
-Statistics and gradients of PPO are sums over all ranks (TRAINING, lines 16, 19, 22). With one process every function
+Statistics and gradients of PPO are sums over all ranks. With one process every function
 here is the identity; under `torchrun` it is a collective of `torch.distributed`.
 """
 

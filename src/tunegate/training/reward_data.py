@@ -62,7 +62,7 @@ class Items:
 
 @dataclass(frozen=True, slots=True)
 class RatingScale:
-    """Standardisation of ratings, fitted on the training split only (TRAINING, line 9).
+    """Standardisation of ratings, fitted on the training split only.
 
     Attributes:
         low: Lowest rating of the common scale.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def pairwise_loss(chosen_B: Tensor, rejected_B: Tensor, margin_B: Tensor, *, centering: float) -> Tensor:
-    """-log sigmoid(r_c - r_r - margin) + lambda (r_c + r_r)^2, [B] (TRAINING, line 8).
+    """-log sigmoid(r_c - r_r - margin) + lambda (r_c + r_r)^2, [B].
 
     Args:
         chosen_B: Raw scores of the preferred responses.
@@ -33,7 +33,7 @@ def sign_loss(cost_B: Tensor, sign_B: Tensor) -> Tensor:
 
 
 def pointwise_loss(raw_B: Tensor, target_B: Tensor, *, huber_delta: float | None) -> Tensor:
-    """(r - z)^2, or the Huber loss of r - z, [B] (TRAINING, line 9).
+    """(r - z)^2, or the Huber loss of r - z, [B].
 
     Args:
         raw_B: Raw scores.

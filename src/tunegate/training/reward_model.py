@@ -50,7 +50,7 @@ class RewardHead:
     heads: tuple[HeadScale, ...] = ()
 
     def normalised_on(self, raw: np.ndarray) -> RewardHead:
-        """The head whose scores of the given raw scores have mean 0 and variance 1 (TRAINING, line 11).
+        """The head whose scores of the given raw scores have mean 0 and variance 1.
 
         Raises:
             ModelError: If there are fewer than two scores, or all are equal: the model tells nothing apart.

@@ -38,7 +38,7 @@ class Completion:
 
     Attributes:
         text: Without control tokens.
-        token_ids: As drawn, the stop token included (TRAINING, line 6).
+        token_ids: As drawn, the stop token included.
         logprobs: Log-probability each token was drawn with (nats); see `sampling.draw`.
         finished: True if the response ended with a stop token, False if it ran into the length limit.
         prompt_tokens: Tokens of the prompt it was given.

@@ -63,7 +63,7 @@ class Signal:
 
 @dataclass
 class Rollout:
-    """Responses and what is known about them; frozen while an update makes its passes (TRAINING, line 20).
+    """Responses and what is known about them; frozen while an update makes its passes.
 
     Attributes:
         prompts: Prompts as ids.
@@ -212,7 +212,7 @@ def set_values(rollout: Rollout, signal: Signal, critic: Critic, *, pad_id: int,
 
 @dataclass
 class Standardisation:
-    """Scores of the reference's own responses get mean 0 and variance 1 (TRAINING, line 11).
+    """Scores of the reference's own responses get mean 0 and variance 1.
 
     Attributes:
         gain: Standardised = gain x score + bias, one a model.
@@ -336,7 +336,7 @@ class Scorer:
         return self._checked(np.concatenate([raw_KB, others])), [features[at] for at in read_at]
 
     def combined(self, raw_KB: np.ndarray) -> np.ndarray:
-        """One standardised score a response, [B] (TRAINING, line 27)."""
+        """One standardised score a response, [B]."""
         standardised = self.standardisation(raw_KB)
         if self.ensemble is None:
             return np.asarray(standardised[0])

@@ -1,7 +1,7 @@
 """Supervised fine-tuning: cross-entropy of the assistant's tokens.
 
 An optimizer step is a set of conversations; microbatches, packing and ranks only say how it is computed, and the
-gradient is that of the mean over all its answer tokens whichever way (TRAINING, line 19).
+gradient is that of the mean over all its answer tokens whichever way.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from tunegate.training.scoring import Rollout
 from tunegate.training.sharding import in_step
 
 EARLY_STOP_FACTOR = 1.5
-"""An update ends early when KL(new, old) exceeds this many times its target (TRAINING, line 22)."""
+"""An update ends early when KL(new, old) exceeds this many times its target."""
 
 
 @dataclass
@@ -175,11 +175,11 @@ def ppo_update(
     in_lockstep = policy.sharded or any(learner.critic.sharded for learner in learners.values())
     steps = 0
     for epoch in range(spec.epochs):
-        # Everything of the rollout stays frozen; only the order is new (TRAINING, line 20).
+        # Everything of the rollout stays frozen; only the order is new.
         order = shuffled(len(rollout), seed=seed, epoch=update * spec.epochs + epoch)
         for start in range(spec.minibatches):
             rows = order[start :: spec.minibatches]
-            # The denominator of every mean: tokens of the whole minibatch on all ranks (TRAINING, line 19).
+            # The denominator of every mean: tokens of the whole minibatch on all ranks.
             tokens = float(sum_over_ranks(rollout.lengths_B[rows].sum()))
             sums = torch.zeros(3, device=rollout.mask_BT.device)
             value_sums = {name: torch.zeros((), device=rollout.mask_BT.device) for name in learners}
@@ -223,12 +223,12 @@ def ppo_update(
             loss_sum, clipped, divergence = sum_over_ranks(sums).tolist()
             figures.divergence = divergence
             if spec.kl.early_stop is not None and divergence > EARLY_STOP_FACTOR * spec.kl.early_stop:
-                # The figure is a sum over ranks, so every rank stops at the same step (TRAINING, line 22).
+                # The figure is a sum over ranks, so every rank stops at the same step.
                 figures.stopped_early = True
                 for optimizer in (policy_optimizer, *(learner.optimizer for learner in learners.values())):
                     optimizer.zero_grad()
                 return _mean(figures, steps)
-            report = policy_optimizer.step()  # sums over ranks, clips, skips what is not finite (TRAINING, line 23)
+            report = policy_optimizer.step()  # sums over ranks, clips, skips what is not finite
             figures.skipped += report.skipped
             for name, learner in learners.items():
                 value_report = learner.optimizer.step()
@@ -255,7 +255,7 @@ def _mean(figures: UpdateFigures, steps: int) -> UpdateFigures:
 def warm_up_critic(
     learner: Learner, rollout: Rollout, name: str, spec: PPOSpec, *, pad_id: int, epochs: int, seed: int
 ) -> float:
-    """Train a critic alone, on returns that a standing policy earned (TRAINING, line 13).
+    """Train a critic alone, on returns that a standing policy earned.
 
     Args:
         learner: Critic and optimizer.

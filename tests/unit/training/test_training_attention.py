@@ -34,7 +34,7 @@ def test_equals_torchs_attention_with_gradients(heads, groups, mask):
 
 
 def test_a_model_computes_the_same_with_it(tiny_model):
-    """TRAINING, section 1, line 2: the attention kernel changes no logit; decoding against a cache falls back."""
+    """The attention kernel changes no logit; decoding against a cache falls back."""
     ours, theirs = load_causal_lm(tiny_model), load_causal_lm(tiny_model)
     assert ours.config._attn_implementation == "tunegate_short"
     theirs.set_attn_implementation("sdpa")

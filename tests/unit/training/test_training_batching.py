@@ -27,7 +27,7 @@ LENGTHS = st.lists(st.integers(1, 90), min_size=1, max_size=60)
 
 
 def test_masks_come_from_lengths_not_from_ids():
-    """TRAINING line 1: rows that end in, or begin with, the padding id keep those tokens."""
+    """Rows that end in, or begin with, the padding id keep those tokens."""
     right, left = pad_right(ROWS, 0), pad_left(ROWS, 0)
     for batch in (right, left):
         assert batch.mask_BT.sum(1).tolist() == batch.lengths_B.tolist() == [5, 2, 7]
@@ -36,7 +36,7 @@ def test_masks_come_from_lengths_not_from_ids():
 
 
 def test_padding_sides_and_positions():
-    """TRAINING line 2: prompts padded left, positions = clamp(cumsum(mask) - 1, 0)."""
+    """Prompts padded left, positions = clamp(cumsum(mask) - 1, 0)."""
     left = pad_left(ROWS, 99)
     assert left.ids_BT[1].tolist() == [99, 99, 99, 99, 99, 9, 10]
     assert left.positions_BT.tolist() == [[0, 0, 0, 1, 2, 3, 4], [0, 0, 0, 0, 0, 0, 1], [0, 1, 2, 3, 4, 5, 6]]
@@ -56,7 +56,7 @@ def test_empty_rows_are_refused():
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_logits_do_not_depend_on_padding_or_packing(tiny_model, attention):
-    """TRAINING line 2: logits are invariant to padding on either side and to packing."""
+    """Logits are invariant to padding on either side and to packing."""
     model = load_causal_lm(tiny_model, attention=attention)
     draw = torch.Generator().manual_seed(0)
     rows = [torch.randint(6, 300, (n,), generator=draw).tolist() for n in (3, 17, 9, 30, 1)]
@@ -125,7 +125,7 @@ def test_steps_cover_the_order(lengths, tokens):
 
 
 def test_shuffles_are_fresh_each_epoch_and_repeatable():
-    """As TRAINING line 20: a fresh permutation an epoch; the same whenever seed and epoch are the same."""
+    """A fresh permutation an epoch; the same whenever seed and epoch are the same."""
     orders = {(seed, epoch): shuffled(50, seed=seed, epoch=epoch) for seed in (1, 2) for epoch in (0, 1)}
     assert len({tuple(order) for order in orders.values()}) == 4
     assert all(sorted(order) == list(range(50)) for order in orders.values())

@@ -88,7 +88,7 @@ def test_single_turn_training_and_scoring_ids_agree(chat):
 
 
 def test_stop_tokens_are_end_of_turn_and_eos(tiny_chat):
-    """TRAINING lines 6 and 7: the configured stop token counts, which need not be EOS."""
+    """The configured stop token counts, which need not be EOS."""
     name = tiny_chat.tokenizer.convert_ids_to_tokens
     assert [name(stop) for stop in tiny_chat.stop_ids] == ["<|end|>", "<|endoftext|>"]
     assert with_template(tiny_chat, INSTRUCT).stop_ids == (tiny_chat.tokenizer.eos_token_id,)

@@ -50,7 +50,7 @@ def test_tiny_model_is_a_plain_folder(tiny_model, texts, tmp_path):
 
 
 def test_local_folders_are_completed(tiny_model, tmp_path):
-    """TRAINING line 1: a model whose padding is EOS gets another padding token; one without a template gets one."""
+    """A model whose padding is EOS gets another padding token; one without a template gets one."""
     shutil.copytree(tiny_model, tmp_path / "raw")
     (tmp_path / "raw" / "chat_template.jinja").unlink()
     (tmp_path / "raw" / "generation_config.json").unlink()
@@ -152,7 +152,7 @@ def test_scorer_of_a_causal_model_starts_at_zero_and_of_a_scorer_keeps_its_head(
 
 
 def test_dropout_is_off(tiny_model):
-    """TRAINING line 5."""
+    """Dropout is off, so the ratio is exactly 1 before the first step."""
     for model in (load_causal_lm(tiny_model), load_sequence_scorer(tiny_model)):
         assert not any(module.training for module in model.modules())
 

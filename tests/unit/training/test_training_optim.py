@@ -123,7 +123,7 @@ def test_gradients_of_microbatches_add_up_in_fp32():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bad_gradients_change_nothing(dtype):
-    """TRAINING line 23."""
+    """Steps that are not finite are skipped and counted."""
     model = module_of(dtype)
     optimizer = Optimizer(model.named_parameters(), OptimizerSpec(), learning_rate=0.1, total_steps=3)
     before = optimizer.weights()

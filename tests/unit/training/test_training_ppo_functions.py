@@ -48,14 +48,14 @@ def two_distributions() -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
 def test_k1_and_k3_are_unbiased(two_distributions, estimator):
-    """Line 14: the expectation of k1 and of k3 under the policy is the divergence itself."""
+    """The expectation of k1 and of k3 under the policy is the divergence itself."""
     p, q = two_distributions
     each = kl_estimate(torch.tensor(np.log(p)), torch.tensor(np.log(q)), estimator).numpy()
     assert (p * each).sum() == pytest.approx(exact_kl(p, q), rel=1e-12)
 
 
 def test_k2_is_half_the_squared_log_ratio_and_k3_is_never_negative(two_distributions):
-    """Line 14."""
+    """The KL estimators and the token rewards."""
     p, q = two_distributions
     logs = torch.tensor(np.log(p)), torch.tensor(np.log(q))
     assert kl_estimate(*logs, "k2").numpy() == pytest.approx(0.5 * (np.log(p) - np.log(q)) ** 2)
@@ -64,7 +64,7 @@ def test_k2_is_half_the_squared_log_ratio_and_k3_is_never_negative(two_distribut
 
 @pytest.mark.parametrize(("estimator", "right"), [("k1", False), ("k2", True), ("k3", False)])
 def test_as_a_loss_only_k2_has_the_gradient_of_the_divergence(two_distributions, estimator, right):
-    """Line 14: differentiated on samples of the policy, k1's expected gradient is 0 and k3's is another one."""
+    """Differentiated on samples of the policy, k1's expected gradient is 0 and k3's is another one."""
     p, q = two_distributions
     logits = torch.tensor(np.log(p), requires_grad=True)
     logp = logits.log_softmax(0)
@@ -78,7 +78,7 @@ def test_as_a_loss_only_k2_has_the_gradient_of_the_divergence(two_distributions,
 
 
 def test_adaptive_controller_follows_the_formula_and_its_clip():
-    """Line 21: beta *= 1 + clip(KL/target - 1, +-0.2) n / horizon."""
+    """The coefficient grows by the factor 1 + clip(KL/target - 1, +-0.2) n / horizon."""
     controller = KLController.from_spec(KLSpec(coefficient=0.1, controller="adaptive", target=6.0, horizon=1000))
     controller.update(6.6, 50)
     assert controller.coefficient == pytest.approx(0.1 * (1 + 0.1 * 50 / 1000))
@@ -96,14 +96,14 @@ def test_adaptive_controller_follows_the_formula_and_its_clip():
 
 
 def test_fixed_controller_stays():
-    """Line 21."""
+    """The adaptive KL coefficient."""
     controller = KLController.from_spec(KLSpec(coefficient=0.05))
     controller.update(100.0, 64)
     assert controller.coefficient == 0.05
 
 
 def test_lagrange_multiplier_moves_in_log_space_and_is_capped():
-    """Line 26: log lambda += eta lambda (E[C] - d), capped."""
+    """Log lambda += eta lambda (E[C] - d), capped."""
     multiplier = LagrangeMultiplier(value=0.5, limit=1.0, rate=0.1, cap=2.0)
     multiplier.update(3.0)
     assert multiplier.value == pytest.approx(0.5 * math.exp(0.1 * 0.5 * 2.0))
@@ -120,7 +120,7 @@ def test_lagrange_multiplier_moves_in_log_space_and_is_capped():
 
 
 def test_shaping_of_scores():
-    """Lines 7 and 14: clipped, then the penalty for a missing stop token, subtracted or in place of the score."""
+    """Clipped, then the penalty for a missing stop token, subtracted or in place of the score."""
     scores = torch.tensor([9.0, 9.0, -0.5, -0.5])
     finished = torch.tensor([True, False, True, False])
     lengths = torch.tensor([10, 20, 30, 40])
@@ -134,7 +134,7 @@ def test_shaping_of_scores():
 
 
 def test_token_rewards_put_the_score_on_the_last_token():
-    """Line 14: r_t = -beta kl_t + [t last] score; nothing outside the mask."""
+    """Token rewards: -beta kl_t + [t last] score; nothing outside the mask."""
     mask = ragged_mask([3, 1], 4)
     kl = torch.tensor([[1.0, 2.0, 3.0, 99.0], [4.0, 99.0, 99.0, 99.0]])
     rewards = token_rewards(torch.tensor([10.0, 20.0]), kl, mask, 0.1)
@@ -149,7 +149,7 @@ def test_token_rewards_put_the_score_on_the_last_token():
     seed=st.integers(0, 1000),
 )
 def test_gae_is_the_discounted_sum_of_deltas(lengths, gamma, lam, seed):
-    """Line 15: A_t = sum_k (gamma lambda)^k delta_{t+k}, V = 0 after the end, whatever the padding holds."""
+    """A_t = sum_k (gamma lambda)^k delta_{t+k}, V = 0 after the end, whatever the padding holds."""
     numbers = np.random.default_rng(seed)
     width = max(lengths) + 2
     rewards, values = numbers.normal(size=(2, len(lengths), width))
@@ -169,7 +169,7 @@ def test_gae_is_the_discounted_sum_of_deltas(lengths, gamma, lam, seed):
 
 
 def test_gae_with_lambda_one_is_the_return_less_the_value():
-    """Line 15: a closed form."""
+    """The closed form of generalised advantages at lambda 1."""
     rewards = torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64)
     values = torch.tensor([[0.5, -1.0, 2.0]], dtype=torch.float64)
     advantages, returns = generalised_advantages(rewards, values, ragged_mask([3], 3), gamma=1.0, gae_lambda=1.0)
@@ -178,7 +178,7 @@ def test_gae_with_lambda_one_is_the_return_less_the_value():
 
 
 def test_whitening_over_valid_tokens_only():
-    """Line 16: (A - mean) / sqrt(var + 1e-8); reward whitening keeps the mean."""
+    """(A - mean) / sqrt(var + 1e-8); reward whitening keeps the mean."""
     numbers = np.random.default_rng(1).normal(3.0, 2.0, size=(3, 5))
     mask = ragged_mask([5, 2, 3], 5)
     valid = numbers[mask.numpy()]
@@ -189,7 +189,7 @@ def test_whitening_over_valid_tokens_only():
 
 
 def test_masked_metrics_ignore_padding():
-    """Line 29: mean and explained variance over valid tokens."""
+    """Mean and explained variance over valid tokens."""
     mask = ragged_mask([2, 3], 4)
     numbers = np.random.default_rng(2)
     values, returns = numbers.normal(size=(2, 2, 4))
@@ -215,13 +215,13 @@ def test_regression_line(sign):
 
 
 def test_safe_advantages():
-    """Line 26: A = (A_r - lambda A_c) / (1 + lambda)."""
+    """A = (A_r - lambda A_c) / (1 + lambda)."""
     mixed = safe_advantages(torch.tensor([3.0, -1.0]), torch.tensor([1.0, 2.0]), 2.0)
     assert mixed.tolist() == pytest.approx([1 / 3, -5 / 3])
 
 
 def test_ensembles():
-    """Line 27: min, or mean - k var."""
+    """Min, or mean - k var."""
     scores = np.random.default_rng(3).normal(size=(3, 5))
     assert ensemble_scores(torch.tensor(scores), "min", 0.5).numpy() == pytest.approx(scores.min(0))
     mean_less_variance = scores.mean(0) - 0.5 * scores.var(0)
@@ -234,7 +234,7 @@ def test_ensembles():
 
 
 def test_policy_loss_and_clip_fraction():
-    """Line 17: mean of max(-A rho, -A clip(rho, 1-eps, 1+eps)); the clip fraction counts where the second is larger."""
+    """Mean of max(-A rho, -A clip(rho, 1-eps, 1+eps)); the clip fraction counts where the second is larger."""
     numbers = np.random.default_rng(4)
     new, old, advantage = numbers.normal(scale=0.5, size=(3, 40))
     rho = np.exp(new - old)
@@ -247,7 +247,7 @@ def test_policy_loss_and_clip_fraction():
 
 
 def test_policy_loss_gradient_at_ratio_one_is_the_policy_gradient():
-    """Lines 5 and 17: before the first step the gradient is that of -A log pi."""
+    """Before the first step the gradient is that of -A log pi."""
     old = torch.tensor([-1.0, -2.0, -3.0], dtype=torch.float64)
     new = old.clone().requires_grad_()
     advantage = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
@@ -256,14 +256,14 @@ def test_policy_loss_gradient_at_ratio_one_is_the_policy_gradient():
 
 
 def test_log_ratio_is_clamped():
-    """Line 17: log rho is clamped to +-20, so that no ratio is infinite."""
+    """Log rho is clamped to +-20, so that no ratio is infinite."""
     new = torch.tensor([1000.0, -1000.0], requires_grad=True)
     found = policy_loss(new, torch.zeros(2), torch.tensor([-1.0, 1.0]), clip=0.2, tokens=2)
     assert float(found.loss.detach()) == pytest.approx((math.exp(20) - math.exp(-20)) / 2, rel=1e-6)
 
 
 def test_value_loss():
-    """Line 18: half the mean of the larger of the plain and the clipped squared error."""
+    """Half the mean of the larger of the plain and the clipped squared error."""
     numbers = np.random.default_rng(5)
     new, old, returns = numbers.normal(size=(3, 30))
     clipped = old + np.clip(new - old, -0.2, 0.2)
@@ -289,7 +289,7 @@ def plain_logprobs(hidden, head, tokens, temperature):
 
 
 def test_log_probabilities_at_the_sampling_temperature(head_problem, monkeypatch):
-    """Line 3: logits are divided by the temperature; chunks change nothing, nor does the fused gradient."""
+    """Logits are divided by the temperature; chunks change nothing, nor does the fused gradient."""
     hidden, head, tokens = head_problem
     monkeypatch.setattr("tunegate.training.losses.chunk_rows", lambda *_: 3)
     weights = torch.randn(11, dtype=torch.float64)
@@ -309,7 +309,7 @@ def test_log_probabilities_at_the_sampling_temperature(head_problem, monkeypatch
 
 
 def test_log_probabilities_train_the_head_too(head_problem):
-    """Line 3, where the output layer is trained itself."""
+    """As above, where the output layer is trained itself."""
     hidden, head, tokens = head_problem
     weight = head.weight_VD.clone().requires_grad_()
     trained = Head(weight, weight, head.bias_V)
@@ -319,7 +319,7 @@ def test_log_probabilities_train_the_head_too(head_problem):
 
 
 def test_bf16_head_computes_logits_in_fp32():
-    """Line 3: a bf16 logit near 20 would be rounded to a multiple of 1/8."""
+    """A bf16 logit near 20 would be rounded to a multiple of 1/8."""
     torch.manual_seed(0)
     layer = torch.nn.Linear(64, 30, bias=False).bfloat16()
 
@@ -337,7 +337,7 @@ def test_bf16_head_computes_logits_in_fp32():
 
 
 def test_draws_follow_the_distribution():
-    """Line 4: the frequencies of draws are the probabilities at the temperature (chi-square)."""
+    """The frequencies of draws are the probabilities at the temperature (chi-square)."""
     from scipy.stats import chisquare
 
     logits = torch.tensor(np.random.default_rng(6).normal(size=20), dtype=torch.float32)
@@ -352,7 +352,7 @@ def test_draws_follow_the_distribution():
 @settings(max_examples=25, deadline=None)
 @given(vocabulary=st.integers(2, 1200), seed=st.integers(0, 10_000))
 def test_draw_inverts_the_distribution_function(vocabulary, seed):
-    """Line 4: the token drawn is the first whose cumulated probability exceeds the noise, across chunks."""
+    """The token drawn is the first whose cumulated probability exceeds the noise, across chunks."""
     numbers = np.random.default_rng(seed)
     logits = numbers.normal(scale=2.0, size=(4, vocabulary)).astype(np.float32)
     noise = numbers.random(4)
@@ -367,7 +367,7 @@ def test_draw_inverts_the_distribution_function(vocabulary, seed):
 
 @pytest.mark.parametrize("noise", [0.0, 1.0 - 2**-53])
 def test_extreme_noise_draws_a_possible_token(noise):
-    """Line 4: neither padding of the vocabulary nor an impossible token is ever drawn."""
+    """Neither padding of the vocabulary nor an impossible token is ever drawn."""
     logits = torch.full((1, 700), float("-inf"))
     logits[0, [300, 301, 420]] = 0.0
     tokens, logprobs = draw(logits, torch.tensor([noise], dtype=torch.float64), temperature=1.0)
@@ -398,7 +398,7 @@ def test_truncated_sampling(top_p, top_k, allowed):
 
 
 def test_noise_belongs_to_the_row():
-    """Line 24: a row's noise depends on seed and number, not on its batch; other seeds and rows differ."""
+    """A row's noise depends on seed and number, not on its batch; other seeds and rows differ."""
     noise = row_noise([7, 1], [0, 1, 2], 5)
     assert torch.equal(row_noise([7, 1], [2], 5)[0], noise[2])
     assert torch.equal(row_noise([7, 1], [2], 3)[0], noise[2, :3])

@@ -67,7 +67,7 @@ def whole() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_whitening_is_over_all_ranks(two_ranks, whole):
-    """Line 16."""
+    """Whitening over the valid tokens of all ranks."""
     values, mask = whole
     assert [found["world"] for found in two_ranks] == [[0, 2], [1, 2]]
     for found in two_ranks:
@@ -77,7 +77,7 @@ def test_whitening_is_over_all_ranks(two_ranks, whole):
 
 
 def test_gradients_add_up(two_ranks, whole):
-    """Line 19; a parameter that only one rank used counts as zero on the other."""
+    """Over all ranks; a parameter that only one rank used counts as zero on the other."""
     values, _ = whole
     for found in two_ranks:
         assert found["sum"] == pytest.approx(float(values.sum()))
@@ -91,3 +91,18 @@ def test_one_process_is_its_own_world(whole):
     assert share([1, 2, 3]) == [1, 2, 3]
     assert gather([1, 2, 3], 3) == [1, 2, 3]
     assert sum_over_ranks(values) is values
+
+
+def test_noise_of_a_step_differs_by_rank_and_not_by_history(monkeypatch):
+    """Seeds differ by rank: noise on embeddings and dropout are functions of seed, step and rank alone."""
+    from tunegate.training import ranks
+
+    def drawn(seed: int, step: int, rank: int) -> list[float]:
+        monkeypatch.setattr(ranks, "world", lambda: (rank, 4))
+        ranks.seed_step(seed, step)
+        return torch.rand(3).tolist()
+
+    first = drawn(1, 0, 0)
+    others = [drawn(1, 0, 1), drawn(1, 1, 0), drawn(2, 0, 0)]
+    assert all(other != first for other in others)
+    assert drawn(1, 0, 0) == first

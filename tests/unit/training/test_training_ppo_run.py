@@ -104,7 +104,7 @@ def test_the_policy_learns(learned):
 
 
 def test_the_reference_is_where_it_starts(learned):
-    """Lines 11 and 14: KL 0 before the first update; standardised scores of the reference near 0."""
+    """KL 0 before the first update; standardised scores of the reference near 0."""
     _, result, _ = learned
     assert result.before.kl == pytest.approx(0.0, abs=1e-4)
     assert result.evaluations[0].update == 0
@@ -132,7 +132,7 @@ def test_the_result_is_a_plain_model_folder(learned):
 
 
 def test_figures_by_update_and_by_source(learned):
-    """Lines 24 and 29: what is reported, masked; the learning rate falls linearly."""
+    """What is reported, masked; the learning rate falls linearly."""
     _, result, observer = learned
     rates = [summary.learning_rate for summary in result.history]
     assert rates == pytest.approx([1e-2 * (1 - update / 8) for update in range(8)])
@@ -147,7 +147,7 @@ def test_figures_by_update_and_by_source(learned):
 
 
 def test_defaults():
-    """Lines 24 and 25."""
+    """Seeds, Adam's epsilon, linear decay; the defaults."""
     spec = PPOSpec()
     assert (spec.gamma, spec.gae_lambda, spec.clip, spec.epochs) == (1.0, 0.95, 0.2, 4)
     assert (spec.value_coefficient, spec.kl.coefficient, spec.temperature) == (0.1, 0.05, 0.7)
@@ -163,7 +163,7 @@ def test_defaults():
     ],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(tiny_model, tiny_reward, tmp_path, changes):
-    """Line 28: policy, critic, both optimizers, schedule, KL controller, sampler; bit by bit."""
+    """Policy, critic, both optimizers, schedule, KL controller, sampler; bit by bit."""
     options = changes | {"reward_function": None, "reward": tiny_reward, "prompts_per_update": 6, "epochs": 1}
     straight = run(tiny_model, tmp_path / "a", checkpoints=tmp_path / "ca", checkpoint_every=1, **options)
 
@@ -195,7 +195,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tiny_model, tiny_reward, tmp_pat
 
 
 def test_checkpoints_of_another_run_are_not_resumed(tiny_model, tmp_path):
-    """Line 28: the fingerprint covers spec, seed, models and prompts."""
+    """The fingerprint covers spec, seed, models and prompts."""
     run(tiny_model, tmp_path / "a", checkpoints=tmp_path / "c", steps=1)
     other = run(tiny_model, tmp_path / "b", checkpoints=tmp_path / "c", steps=1, seed=4)
     assert other.resumed_from is None
@@ -215,7 +215,7 @@ def test_a_full_disk_does_not_pass_silently(tiny_model, tmp_path, monkeypatch):
 
 
 def test_reward_model_judge_cost_and_ensemble(tiny_model, tiny_reward, tmp_path):
-    """Lines 13, 26, 27: every source of feedback in one run."""
+    """Every source of feedback in one run."""
     result = run(
         tiny_model,
         tmp_path / "out",
@@ -239,7 +239,7 @@ def test_reward_model_judge_cost_and_ensemble(tiny_model, tiny_reward, tmp_path)
 
 
 def test_critic_knows_something_from_the_start(tiny_model, tiny_reward, tmp_path):
-    """Line 13: the reward model's reading, put on the scale of the returns, does no harm before the first step."""
+    """The reward model's reading, put on the scale of the returns, does no harm before the first step."""
     result = run(tiny_model, tmp_path / "o", reward=tiny_reward, reward_function=None, steps=1, critic_warmup_epochs=0)
     assert result.history[0].explained_variance > -0.3
 
@@ -426,7 +426,7 @@ def test_impossible_specs_are_refused(changes, message):
 
 
 def test_gradients_that_stay_not_finite_end_the_run(tiny_model, tmp_path, monkeypatch):
-    """Line 23: a few are skipped; a whole series is an error that says what to do."""
+    """A few are skipped; a whole series is an error that says what to do."""
 
     def broken(rollout, spec, **options):
         return set_advantages(rollout, spec, **options) * float("nan")

@@ -74,7 +74,7 @@ def naive_logprobs(model, rollout: Rollout, row: int, temperature: float) -> tor
 
 @pytest.mark.parametrize("changes", [{}, {"adapted_layers": 1.0}, {"method": "full"}, {"lora": {"targets": "q_proj"}}])
 def test_policy_and_reference_log_probabilities(tiny_model, changes):
-    """Lines 2 and 3: stems, padding and chunks change nothing; the reference is the model that PPO started from."""
+    """Stems, padding and chunks change nothing; the reference is the model that PPO started from."""
     policy = make_policy(tiny_model, **changes)
     assert policy.has_stem == (changes.get("adapted_layers", 0.5) < 1 and changes.get("method") != "full")
     rollout = make_rollout(policy)
@@ -95,7 +95,7 @@ def test_policy_and_reference_log_probabilities(tiny_model, changes):
 
 
 def test_entropy_is_that_of_the_distribution_before_each_token(tiny_model):
-    """Line 29."""
+    """Metrics are masked."""
     policy = make_policy(tiny_model)
     rollout = make_rollout(policy)
     prompt, response = rollout.prompts[2], rollout.completions[2].token_ids
@@ -191,7 +191,7 @@ SPECS = [
 
 @pytest.mark.parametrize("changes", SPECS)
 def test_gradient_is_that_of_the_formula_and_of_no_microbatch(tiny_model, monkeypatch, changes):
-    """Lines 17 and 19: the gradient of the mean over all tokens, written down naively, at every microbatch size."""
+    """The gradient of the mean over all tokens, written down naively, at every microbatch size."""
     found = []
     for tokens in (64, 100, 4096):
         policy = make_policy(tiny_model, **changes, microbatch_tokens=tokens)
@@ -227,7 +227,7 @@ def test_gradient_is_that_of_the_formula_and_of_no_microbatch(tiny_model, monkey
 
 
 def test_shares_of_ranks_add_up_to_the_whole_gradient(tiny_model, monkeypatch):
-    """Line 19: two ranks' gradients, each divided by the tokens of both, sum to one process's."""
+    """Two ranks' gradients, each divided by the tokens of both, sum to one process's."""
     policy = make_policy(tiny_model)
     rollout = make_rollout(policy)
     with monkeypatch.context() as patched:
@@ -265,7 +265,7 @@ def test_shares_of_ranks_add_up_to_the_whole_gradient(tiny_model, monkeypatch):
 
 
 def test_ratio_is_one_before_the_first_step(tiny_model):
-    """Line 5: with old log-probabilities recomputed by the same forward pass, to the last bit."""
+    """With old log-probabilities recomputed by the same forward pass, to the last bit."""
     policy = make_policy(tiny_model, learning_rate=1e-3)
     rollout = make_rollout(policy)
     figures, _, _ = run_update(policy, rollout, policy.spec, catch=False)
@@ -275,7 +275,7 @@ def test_ratio_is_one_before_the_first_step(tiny_model):
 
 
 def test_first_loss_is_minus_the_mean_advantage(tiny_model):
-    """Lines 5 and 17: a closed form at ratio 1; whitened advantages make it 0."""
+    """A closed form at ratio 1; whitened advantages make it 0."""
     policy = make_policy(tiny_model, whiten_advantages=False)
     rollout = make_rollout(policy)
     figures, _, advantages = run_update(policy, rollout, policy.spec, catch=False)
@@ -283,7 +283,7 @@ def test_first_loss_is_minus_the_mean_advantage(tiny_model):
 
 
 def test_dropout_is_refused():
-    """Line 5."""
+    """Dropout is off, so the ratio is exactly 1 before the first step."""
     with pytest.raises(ValueError, match="dropout"):
         PPOSpec(lora={"dropout": 0.1})
 
@@ -292,7 +292,7 @@ def test_dropout_is_refused():
 
 
 def test_every_epoch_is_a_fresh_permutation_of_a_frozen_rollout(tiny_model, monkeypatch):
-    """Line 20."""
+    """A fresh permutation an epoch over a frozen rollout."""
     policy = make_policy(tiny_model, epochs=3, minibatches=2, learning_rate=1e-3, microbatch_tokens=64)
     rollout = make_rollout(policy)
     seen: list[int] = []
@@ -311,7 +311,7 @@ def test_every_epoch_is_a_fresh_permutation_of_a_frozen_rollout(tiny_model, monk
 
 
 def test_update_ends_when_the_new_policy_is_too_far_from_the_old(tiny_model):
-    """Line 22: KL(new, old) > 1.5 target; the step that showed it is not taken."""
+    """KL(new, old) > 1.5 target; the step that showed it is not taken."""
     policy = make_policy(tiny_model, epochs=4, learning_rate=0.05, kl={"early_stop": 0.01})
     figures, _, _ = run_update(policy, make_rollout(policy), policy.spec, catch=False)
     assert figures.stopped_early
@@ -325,7 +325,7 @@ def test_update_ends_when_the_new_policy_is_too_far_from_the_old(tiny_model):
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(tiny_model):
-    """Line 23."""
+    """Steps that are not finite are skipped and counted."""
     policy = make_policy(tiny_model, epochs=2)
     rollout = make_rollout(policy)
     before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
@@ -352,7 +352,7 @@ def scored(tiny_model, tiny_reward):
 
 
 def test_scores_and_features_come_from_one_pass(scored):
-    """Line 6: the score is that of the text, whether or not its tokens are the ones that were drawn."""
+    """The score is that of the text, whether or not its tokens are the ones that were drawn."""
     _, rollout, model, _, raw, features = scored
     texts = [completion.text for completion in rollout.completions]
     assert raw[0] == pytest.approx(model.score(PROMPTS, texts), abs=1e-5)
@@ -365,7 +365,7 @@ def test_scores_and_features_come_from_one_pass(scored):
 
 @pytest.mark.parametrize("kind", ["shared_trunk", "separate"])
 def test_critic_starts_as_the_reward_models_reading(scored, tiny_reward, kind):
-    """Line 13: V before token t is the standardised score of prompt and tokens before t."""
+    """V before token t is the standardised score of prompt and tokens before t."""
     policy, rollout, model, scorer, raw, features = scored
     scale = scorer.standardise_on(raw)
     if kind == "shared_trunk":
@@ -387,7 +387,7 @@ def test_critic_starts_as_the_reward_models_reading(scored, tiny_reward, kind):
 
 @pytest.mark.parametrize("tokens", [64, 4096])
 def test_value_gradient_does_not_depend_on_the_microbatch(scored, monkeypatch, tokens):
-    """Lines 18 and 19 for the critic, against the formula on all tokens at once."""
+    """The clipped value loss against the formula on all tokens at once."""
     policy, rollout, _, _, _, features = scored
     torch.manual_seed(1)
     critic = SharedTrunkCritic(64, 16, policy.device)
@@ -412,7 +412,7 @@ def test_value_gradient_does_not_depend_on_the_microbatch(scored, monkeypatch, t
 
 
 def test_warm_up_teaches_the_critic_the_returns(scored):
-    """Line 13: before the policy moves the critic learns what the reference's responses are worth."""
+    """Before the policy moves the critic learns what the reference's responses are worth."""
     policy, rollout, _, _, _, features = scored
     signal = rollout.signals["reward"]
     signal.features = features
@@ -448,13 +448,13 @@ def test_bad_reward_functions_are_named(function, message):
 
 
 def test_equal_scores_cannot_be_standardised():
-    """Line 11."""
+    """Scores of reference samples have mean 0 and variance 1."""
     with pytest.raises(TrainingError, match="same score"):
         Scorer(function=lambda p, t: [0.0]).standardise_on(np.ones((1, 8)))
 
 
 def test_standardised_scores_have_mean_0_and_variance_1():
-    """Line 11, for each model of an ensemble by itself; line 27 joins the standardised ones."""
+    """For each model of an ensemble by itself; the standardised scores are joined."""
     raw = np.random.default_rng(0).normal([[3.0], [-40.0]], [[0.1], [7.0]], size=(2, 50))
     scorer = Scorer(
         [object(), object()],  # type: ignore[list-item] - only counted

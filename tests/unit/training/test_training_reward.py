@@ -49,7 +49,7 @@ def train(model, out, *, pairs=PAIRS, ratings=RATINGS, seed=3, observer=None, ch
 
 
 def test_pairwise_loss_with_margin_and_centering():
-    """TRAINING line 8."""
+    """The pairwise loss with margin and centering."""
     chosen, rejected, margin = [1.5, -0.2, 3.0], [0.5, 0.4, -2.0], [0.0, 1.0, 0.5]
     expected = [
         -math.log(1 / (1 + math.exp(-(c - r - m)))) + 0.1 * (c + r) ** 2
@@ -60,14 +60,14 @@ def test_pairwise_loss_with_margin_and_centering():
 
 
 def test_pointwise_loss_squared_and_huber():
-    """TRAINING line 9."""
+    """The pointwise loss on standardised ratings."""
     raw, target = torch.tensor([0.0, 1.0, 4.0]), torch.tensor([0.5, 1.0, 0.0])
     assert pointwise_loss(raw, target, huber_delta=None).tolist() == [0.25, 0.0, 16.0]
     assert pointwise_loss(raw, target, huber_delta=1.0).tolist() == [0.125, 0.0, 3.5]
 
 
 def test_ratings_are_standardised_on_the_training_split_only():
-    """TRAINING line 9: other scales are mapped onto the most frequent one; held-out ratings do not move the fit."""
+    """Other scales are mapped onto the most frequent one; held-out ratings do not move the fit."""
     rows = [
         Rating(id=str(i), prompt=[], response="", score=score, scale=scale)
         for i, (score, scale) in enumerate([(1, (1, 5)), (5, (1, 5)), (3, (1, 5)), (10, (0, 10))])
@@ -86,7 +86,7 @@ def test_ratings_are_standardised_on_the_training_split_only():
 
 
 def test_head_is_drawn_from_n_0_1_over_d_plus_1_without_bias(tiny_model):
-    """TRAINING line 10."""
+    """The head's first weights and the decay of the learning rate."""
     model = load_sequence_scorer(tiny_model)
     assert model.score.bias is None
     drawn = []
@@ -101,7 +101,7 @@ def test_head_is_drawn_from_n_0_1_over_d_plus_1_without_bias(tiny_model):
 
 
 def test_learning_rate_decays_to_zero_over_one_epoch(tiny_model, tmp_path):
-    """TRAINING line 10; a constant schedule is refused."""
+    """The head's first weights and the decay of the learning rate; a constant schedule is refused."""
     observer = RecordingObserver()
     result = train(tiny_model, tmp_path, observer=observer)
     assert RewardSpec().epochs == 1 and result.steps == 6
@@ -112,7 +112,7 @@ def test_learning_rate_decays_to_zero_over_one_epoch(tiny_model, tmp_path):
 
 
 def test_score_is_read_at_the_last_real_token_of_the_cut_text(tiny_model, tiny_chat):
-    """TRAINING line 6, with padding tokens in the text itself; line 1."""
+    """The score is read at the last real token of the cut text, though it holds padding tokens itself."""
     model = load_sequence_scorer(tiny_model)
     init_score_head(model, seed=1)
     row = tiny_chat.exchange([{"role": "user", "content": "hi"}], ["some answer"]).row()
@@ -130,7 +130,7 @@ def test_score_is_read_at_the_last_real_token_of_the_cut_text(tiny_model, tiny_c
 
 
 def test_shared_prompt_gives_the_scores_of_separate_rows(tiny_model, tiny_chat):
-    """Prompt once, both answers in a row, 4-D mask, positions reset: the scores of separate rows (TRAINING, 2)."""
+    """Prompt once, both answers in a row, 4-D mask, positions reset: the scores of separate rows."""
     model = load_sequence_scorer(tiny_model)
     init_score_head(model, seed=1)
     items = encode_pairs(tiny_chat, PAIRS[:6], 128, use_margin=True).items
@@ -144,7 +144,7 @@ def test_shared_prompt_gives_the_scores_of_separate_rows(tiny_model, tiny_chat):
 
 
 def test_normalised_scores_have_mean_0_and_variance_1():
-    """TRAINING line 11."""
+    """Scores of reference samples have mean 0 and variance 1."""
     raw = np.random.default_rng(0).normal(3.0, 0.2, 200)
     head = RewardHead().normalised_on(raw)
     scores = head.gain * raw + head.bias
@@ -181,7 +181,7 @@ def test_reward_model_learns_and_loads_again(tiny_model, tmp_path, objective, tr
 
 
 def test_scores_of_training_responses_are_normalised(tiny_model, tmp_path):
-    """TRAINING line 11, through the saved folder."""
+    """Scores of reference samples have mean 0 and variance 1, through the saved folder."""
     train(tiny_model, tmp_path)
     model = RewardModel.load(tmp_path)
     scores = model.score([p.prompt for p in PAIRS] * 2, [p.chosen for p in PAIRS] + [p.rejected for p in PAIRS])
@@ -214,7 +214,7 @@ def test_bf16_frozen_head_scores_what_it_saved(tmp_path, texts):
 
 @pytest.mark.parametrize("extra", [{}, {"trunk": "lora", "lora": LoraSpec(rank=4)}, {"objective": "joint"}])
 def test_resumed_training_is_bit_equal(tiny_model, tmp_path, extra):
-    """Like TRAINING line 28, for the reward model."""
+    """Resuming bit by bit, for the reward model."""
     straight = train(tiny_model, tmp_path / "straight", checkpoint_every=2, **extra)
     asked = iter(range(100))
     with pytest.raises(TrainingStoppedError):
@@ -229,7 +229,7 @@ def test_resumed_training_is_bit_equal(tiny_model, tmp_path, extra):
 
 
 def test_gradient_is_the_same_whatever_the_microbatches(tiny_model, tmp_path):
-    """TRAINING line 19, for the reward model: pairs and ratings of different lengths, joint objective."""
+    """Means over the whole step, whatever the microbatch: pairs and ratings of different lengths, joint objective."""
     for name, tokens in (("small", 64), ("large", 100_000)):
         train(tiny_model, tmp_path / name, objective="joint", microbatch_tokens=tokens, max_steps=2)
     for name, tensor in weights(tmp_path / "large").items():
@@ -255,7 +255,7 @@ def test_ratings_of_a_pairs_responses_ride_along(tiny_chat):
 
 
 def test_joint_loss_weighs_every_pair_and_every_rating_the_same(tiny_model, tmp_path):
-    """TRAINING line 9: over an epoch the steps' losses average to alpha x pairwise + (1 - alpha) x pointwise."""
+    """Over an epoch the steps' losses average to alpha x pairwise + (1 - alpha) x pointwise."""
     observer = RecordingObserver()
     spec = {"objective": "joint", "alpha": 0.3, "learning_rate": 1e-12, "centering": 0.0}
     train(tiny_model, tmp_path, ratings=RATINGS[:13], observer=observer, **spec)
@@ -334,7 +334,7 @@ def test_judge_has_its_own_trunk_and_rate():
 
 
 def test_accuracy_and_breakdowns():
-    """TRAINING line 12."""
+    """What is reported on held-out data."""
     draw = np.random.default_rng(1)
     pairs = [dataclasses.replace(p, source="abc"[i % 3]) for i, p in enumerate(make_preferences(90))]
     raw = draw.normal(size=(90, 2))
@@ -369,7 +369,7 @@ def test_wilson_interval_is_scipys():
 
 
 def test_calibration_by_hand():
-    """TRAINING line 12: ECE = sum over bins of n_b / n x |confidence_b - accuracy_b|."""
+    """ECE = sum over bins of n_b / n x |confidence_b - accuracy_b|."""
     difference = np.array([0.1, -0.1, 0.15, 3.0, 4.0, -3.5])
     confidence = 1 / (1 + np.exp(-np.abs(difference)))
     low, high = confidence[:3], confidence[3:]
@@ -384,7 +384,7 @@ def test_calibration_by_hand():
 
 
 def test_baselines_on_pairs_that_differ_in_words(tiny_model, tmp_path):
-    """TRAINING line 12: the words tell all; in tokens the preferred answers are shorter (the tokenizer knows them)."""
+    """The words tell all; in tokens the preferred answers are shorter (the tokenizer knows them)."""
     heldout = train(tiny_model, tmp_path).heldout
     assert heldout.tfidf_baseline.value == 1.0 and heldout.length_baseline.value == 0.0
     assert (heldout.only_model, heldout.only_length) == (heldout.correct, 0)

@@ -46,7 +46,7 @@ def full_logits(generator: Generator, prompt: list[int], response: list[int]) ->
 
 
 def test_log_probabilities_are_exact_at_the_sampling_temperature(generator):
-    """Lines 2 and 3: left padding and the cache change nothing; token t is predicted at t - 1, at the temperature."""
+    """Left padding and the cache change nothing; token t is predicted at t - 1, at the temperature."""
     for prompt, completion in zip(PROMPTS, generator.generate(PROMPTS, SAMPLING, seed=3), strict=True):
         ids = generator.chat.prompt_ids(prompt)
         logits = full_logits(generator, ids, completion.token_ids) / 0.7
@@ -72,7 +72,7 @@ def test_greedy_equals_transformers(generator):
 
 
 def test_a_row_is_drawn_the_same_in_any_batch(generator):
-    """Line 24: the noise belongs to seed and place, so batch size and batch mates do not matter."""
+    """The noise belongs to seed and place, so batch size and batch mates do not matter."""
     together = generator.generate(PROMPTS, SAMPLING, seed=5)
     small = SAMPLING.model_copy(update={"batch_tokens": 64})
     assert [c.token_ids for c in generator.generate(PROMPTS, small, seed=5)] == [c.token_ids for c in together]
@@ -83,7 +83,7 @@ def test_a_row_is_drawn_the_same_in_any_batch(generator):
 
 @pytest.mark.parametrize("share", [0.01, 1.0])
 def test_finished_rows_leave_without_a_trace(generator, monkeypatch, share):
-    """Line 6: compacting the cache as soon as possible or never gives the same responses."""
+    """Compacting the cache as soon as possible or never gives the same responses."""
     expected = [c.token_ids for c in generator.generate(PROMPTS * 4, SAMPLING, seed=7)]
     assert len({len(ids) for ids in expected}) > 2  # they do end at different times
     widths: list[int] = []
@@ -100,7 +100,7 @@ def test_finished_rows_leave_without_a_trace(generator, monkeypatch, share):
 
 
 def test_responses_end_at_the_first_stop_token(generator):
-    """Line 6: cut after the first stop token, which is part of the response; `finished` says whether there was one."""
+    """Cut after the first stop token, which is part of the response; `finished` says whether there was one."""
     completions = generator.generate(PROMPTS * 4, SAMPLING, seed=8)
     stops = set(generator.chat.stop_ids)
     assert {completion.finished for completion in completions} == {True, False}
@@ -113,7 +113,7 @@ def test_responses_end_at_the_first_stop_token(generator):
 
 
 def test_a_padding_token_that_is_drawn_counts(generator):
-    """Line 1: the mask comes from lengths; a real token with the padding id does not shorten the response."""
+    """The mask comes from lengths; a real token with the padding id does not shorten the response."""
     head = generator.model.lm_head
     saved = head.bias.detach().clone()
     with torch.no_grad():
@@ -128,7 +128,7 @@ def test_a_padding_token_that_is_drawn_counts(generator):
 
 
 def test_rollouts_draw_from_the_whole_distribution(generator, monkeypatch):
-    """Line 4: what PPO samples with is top_p = 1, top_k = 0, and the head sees one position a step, prompt included."""
+    """What PPO samples with is top_p = 1, top_k = 0, and the head sees one position a step, prompt included."""
     from tunegate.training.ppo_config import PPOSpec
 
     seen: list[tuple[int, float, int, float]] = []

@@ -58,7 +58,7 @@ def test_loss_is_cross_entropy_of_assistant_tokens_alone(tiny_model, tiny_chat):
     for row in rows:
         logits = model(torch.tensor([row.ids])).logits[0]
         for position in range(1, len(row.ids)):
-            if row.answer_mask[position]:  # TRAINING line 3: token t is read off the logits at t - 1
+            if row.answer_mask[position]:  # token t is read off the logits at t - 1
                 expected += cross_entropy(logits[position - 1], torch.tensor(row.ids[position])).item()
     loss = answer_loss(model, padded(rows, tiny_chat.pad_id))
     assert loss.item() == pytest.approx(expected, rel=1e-6)
@@ -68,7 +68,7 @@ def test_loss_is_cross_entropy_of_assistant_tokens_alone(tiny_model, tiny_chat):
     "options", [{"budget": 64}, {"budget": 200}, {"budget": 200, "pack_to": 100}, {"budget": 4096, "pack_to": 300}]
 )
 def test_gradient_is_the_same_whatever_the_microbatches(tiny_model, tiny_chat, options):
-    """TRAINING line 19: means are weighted by tokens across microbatches; packing changes nothing either."""
+    """Means are weighted by tokens across microbatches; packing changes nothing either."""
     model = load_causal_lm(tiny_model)
     rows = encode_conversations(tiny_chat, TRAIN[:9], 128).rows
     whole = gradients(model, rows, tiny_chat, budget=100_000)
@@ -87,7 +87,7 @@ def test_packed_training_ends_at_the_same_weights(tiny_model, tmp_path):
 
 @pytest.mark.parametrize("extra", [{}, {"method": "lora", "learning_rate": 1e-2}, {"neftune_alpha": 5.0}])
 def test_resumed_training_is_bit_equal(tiny_model, tmp_path, extra):
-    """Like TRAINING line 28, for supervised fine-tuning: stopped at step 4 and 7, resumed, the weights are the same."""
+    """Resuming bit by bit, for supervised fine-tuning: stopped at step 4 and 7, resumed, the weights are the same."""
     spec = SFTSpec(**{**FAST, "epochs": 2, "checkpoint_every": 3, "patience": 9, **extra})
     straight = train_sft(tiny_model, TRAIN, HELDOUT, tmp_path / "straight", spec=spec, seed=3)
     for stop_at in (4, 7):
@@ -202,7 +202,7 @@ def test_neftune_noise_has_the_size_of_the_paper(tiny_model, tiny_chat):
 
 
 def test_bad_steps_are_skipped_and_counted(tiny_model, tmp_path, monkeypatch):
-    """TRAINING line 23, as in PPO."""
+    """Steps that are not finite are skipped and counted, as in PPO."""
     real = sft.answer_loss
     calls = iter(range(100))
     monkeypatch.setattr(sft, "answer_loss", lambda *a, **k: real(*a, **k) * (math.nan if next(calls) == 1 else 1.0))

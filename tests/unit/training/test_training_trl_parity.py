@@ -91,7 +91,7 @@ def test_rewards_agree_on_unfinished_responses() -> None:
     ours_BT = token_rewards(run.scores_B, run.kl_BT, run.mask_BT, SETTINGS["kl_coef"])
     open_B = ~run.finished_B
     torch.testing.assert_close(ours_BT[open_B], theirs_BT[open_B], **TOLERANCE)
-    # TRL pays a finished response one column late; we pay it at its last token (TRAINING, line 14).
+    # TRL pays a finished response one column late; we pay it at its last token.
     ended_B = run.finished_B.nonzero()[:, 0]
     torch.testing.assert_close(theirs_BT[ended_B, run.lengths_B[ended_B]], run.scores_B[ended_B], **TOLERANCE)
     last_B = run.lengths_B[ended_B] - 1
@@ -128,7 +128,7 @@ def test_masked_mean_agrees(run: Run) -> None:
 
 def test_whitening_agrees_up_to_the_unbiased_variance(run: Run) -> None:
     count = int(run.mask_BT.sum())
-    # TRL divides by n - 1. Ours is the variance that makes the result's own variance 1 (TRAINING, line 16).
+    # TRL divides by n - 1. Ours is the variance that makes the result's own variance 1.
     bessel = ((count - 1) / count) ** 0.5
     ours_BT = whiten(run.advantages, run.mask_BT)
     mask = run.mask_BT
