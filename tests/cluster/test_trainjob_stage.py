@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 from fake_kubernetes import FakeKubernetes, becomes, condition
@@ -15,13 +17,14 @@ from safetensors.torch import load_file
 
 from tunegate.config import build_spec
 from tunegate.data import ingest, read_records
-from tunegate.errors import SpecError, TrainingStoppedError, TunegateError
+from tunegate.errors import SpecError, StorageError, TrainingStoppedError, TunegateError
 from tunegate.observer import NullObserver
-from tunegate.stages import finish, nodes, sft
+from tunegate.stages import distributed, finish, nodes, sft
 from tunegate.stages.context import ResolvedSpec
 from tunegate.storage.manifest import write_manifest
 from tunegate.storage.runs import RunRecord, RunStore, now
 from tunegate.training.models import resolve_model
+from tunegate.training.stopping import stop_on_sigterm
 from tunegate.trainjob import client as trainjob_client
 from tunegate.trainjob import follow as following
 
@@ -269,6 +272,54 @@ def test_a_pod_that_is_told_to_go_takes_its_job_along(case, kubernetes):
     assert kubernetes.jobs == {}
     assert RunStore(case.spec.storage.root, "stopped").read_stage("sft").status == "interrupted"
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_the_stage_s_pod_shows_its_nodes_that_it_is_there(case, kubernetes, monkeypatch):
+    monkeypatch.setattr(nodes, "_BEAT_SECONDS", 0.01)
+    store, signs = RunStore(case.spec.storage.root, "shown"), set()
+
+    def look(job):
+        folder = f"distributed/{job['metadata']['name']}"
+        end = time.monotonic() + 20
+        while len(signs) < 3 and time.monotonic() < end:
+            signs.add(nodes.read_file(store, folder, nodes.SIGN_OF_LIFE))
+        becomes(condition("Complete"))(job)
+
+    kubernetes.script.append(look)
+    with pytest.raises(TunegateError, match="there is no outcome"):
+        case.run("shown")
+    assert len(signs) >= 3
+    assert not [t for t in threading.enumerate() if t.name == "sign-of-life"]
+
+
+@pytest.mark.parametrize(
+    ("rank", "signs", "stopped"),
+    [
+        (0, itertools.repeat(b"same"), True),
+        (0, itertools.repeat(None), True),
+        (0, map(str, itertools.count()), False),
+        (0, itertools.cycle([b"same", b"same", StorageError("S3 is away", key="s3://runs")]), False),
+        (1, itertools.repeat(b"same"), False),
+    ],
+)
+def test_nodes_that_nobody_follows_stop(monkeypatch, tmp_path, capsys, rank, signs, stopped):
+    def read(*_):
+        sign = next(signs)
+        if isinstance(sign, Exception):
+            raise sign
+        return sign
+
+    monkeypatch.setattr(distributed, "read_file", read)
+    monkeypatch.setattr(distributed, "_LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(distributed, "_FORGOTTEN_SECONDS", 0.2)
+    place = distributed._Rank(rank, rank, 2)
+    run = RunStore(str(tmp_path), "r")
+    with stop_on_sigterm() as asked, distributed._stopping_when_forgotten(run, "folder", place):
+        end = time.monotonic() + (20 if stopped else 1)
+        while not asked() and time.monotonic() < end:
+            time.sleep(0.01)
+        assert asked() is stopped
+    assert ("no sign of life" in capsys.readouterr().err) is stopped
 
 
 def test_storage_that_nodes_do_not_share_is_refused(inputs, tmp_path, kubernetes):

@@ -477,7 +477,7 @@ def logs(
 
 @cluster.command()
 def stop(context: typer.Context, run: Run) -> None:
-    """End a run; its exit handler still closes the records and writes the report."""
+    """End a run; its exit handler closes the records and writes the report."""
     kubeflow = open_cluster(context)
     found = kubeflow.find_run(run)
     kubeflow.stop(found.run_id)

@@ -336,7 +336,7 @@ class Cluster:
         )
 
     def stop(self, run_id: str) -> None:
-        """End a run; its exit handler still closes its records."""
+        """End a run; its exit handler closes its records, where Argo lets it run after a stop."""
         self.call(f"stop the run {run_id}", self._runs.run_service_terminate_run, run_id)
 
     def retry(self, run_id: str) -> None:

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import threading
+import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -27,10 +30,12 @@ from tunegate.stages.nodes import (
     ERROR_FILE,
     ERROR_FOLDER,
     OUTCOME_FILE,
+    SIGN_OF_LIFE,
     Done,
     Failure,
     Task,
     Work,
+    read_file,
     read_task,
     spec_of,
     write_file,
@@ -42,6 +47,9 @@ from tunegate.tracking.tracker import PLACEHOLDER_PREFIX, Tracker
 
 # Ranks wait for each other while one fetches models or measures; the default of ten minutes is for collectives.
 _PATIENCE = timedelta(hours=3)
+# The stage's pod may be moved to another machine, which must be started and pull the image first.
+_FORGOTTEN_SECONDS = 1800.0
+_LOOK_SECONDS = 60.0
 _TERMINATION_LOG = Path("/dev/termination-log")
 _TERMINATION_BYTES = 4096
 
@@ -81,7 +89,7 @@ def main(arguments: list[str]) -> int:
     spec = spec_of(task)
     run = RunStore(spec.storage.root, task.run_id)
     try:
-        with _process_group(place):
+        with _process_group(place), _stopping_when_forgotten(run, folder, place):
             _work(task, folder, spec, run, place)
     except BaseException as error:
         _tell(run, folder, place.rank, error)
@@ -105,6 +113,42 @@ def _process_group(place: _Rank) -> Iterator[None]:
     yield
     # Only at a good end: after an error other ranks may be waiting in a collective, and torchrun ends them.
     distributed.destroy_process_group()
+
+
+@contextmanager
+def _stopping_when_forgotten(run: RunStore, folder: str, place: _Rank) -> Iterator[None]:
+    """Within the context all ranks write a checkpoint and end when nobody has followed them for half an hour.
+
+    The stage's pod deletes the TrainJob, or the run's exit handler does. Where both were killed, accelerators would be
+    held for a run that is long over. Rank 0 is told to stop, and the trainers agree on it between steps.
+    """
+    if place.rank != 0:
+        yield
+        return
+    over = threading.Event()
+
+    def look() -> None:
+        last: bytes | None = b""
+        since = time.monotonic()
+        while not over.wait(_LOOK_SECONDS):
+            try:
+                sign = read_file(run, folder, SIGN_OF_LIFE)
+            except TunegateError:  # then the stage's pod may be unable to write, too
+                since = time.monotonic()
+                continue
+            if sign != last:
+                last, since = sign, time.monotonic()
+            elif time.monotonic() - since > _FORGOTTEN_SECONDS:
+                minutes = _FORGOTTEN_SECONDS / 60
+                print(f"the stage's pod has shown no sign of life for {minutes:.0f} minutes: stopping", file=sys.stderr)
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+    threading.Thread(target=look, name="sign-of-life", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 def _work(task: Task, folder: str, spec: TuneSpec, run: RunStore, place: _Rank) -> None:

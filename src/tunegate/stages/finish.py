@@ -45,6 +45,7 @@ def close_run(store: RunStore, *, state: str, report: Path | None = None) -> str
         record = RunRecord(
             run_id=store.run_id, name=store.run_id, pipeline="instruction-tuning", status="failed", started=now()
         )
+    killed = _close_killed(store)
     stages = [s for s in store.stages() if s.stage != "finish"]
     record = record.model_copy(update={**_settle(stages, state), "ended": now()})
     store.write_run(record)
@@ -54,24 +55,25 @@ def close_run(store: RunStore, *, state: str, report: Path | None = None) -> str
     if report is not None:
         report.parent.mkdir(parents=True, exist_ok=True)
         report.write_text(html)
-    _close_tracking(store, record)
+    _close_tracking(store, record, killed)
     outcome = record.verdict or record.status
     observer.event("done", summary=outcome)
     return outcome
+
+
+def _close_killed(store: RunStore) -> list[StageRecord]:
+    """Write down that stages ended whose process was killed: stopped, out of memory, evicted. They could not say so."""
+    killed = [s for s in store.stages() if s.status == "running" and s.stage != "finish"]
+    for stage in killed:
+        error = f"{stage.stage} ended without a record: it was killed or ran out of memory"
+        store.write_stage(stage.model_copy(update={"status": "interrupted", "ended": now(), "error": error}))
+    return killed
 
 
 def _settle(stages: list[StageRecord], state: str) -> dict[str, str | None]:
     for stage in stages:
         if stage.status in {"failed", "interrupted"}:
             return {"status": stage.status, "failed_stage": stage.stage, "error": stage.error, "verdict": None}
-        if stage.status == "running":
-            # The process ended without a word (killed, out of memory, evicted).
-            return {
-                "status": "interrupted",
-                "failed_stage": stage.stage,
-                "error": f"{stage.stage} ended without a record: it was killed or ran out of memory",
-                "verdict": None,
-            }
     if state not in {"SUCCEEDED", ""}:
         return {"status": "failed", "failed_stage": None, "error": f"the pipeline ended in state {state}"}
     verdicts = {s.stage: s.verdict for s in stages if s.verdict}
@@ -93,7 +95,7 @@ def _write_cost(store: RunStore, record: RunRecord, stages: list[StageRecord]) -
     store.write_file("cost.json", json.dumps(content, indent=2).encode())
 
 
-def _close_tracking(store: RunStore, record: RunRecord) -> None:
+def _close_tracking(store: RunStore, record: RunRecord, killed: list[StageRecord]) -> None:
     if record.mlflow_run_id is None or not record.spec:
         return
     from tunegate.config import TuneSpec
@@ -101,6 +103,9 @@ def _close_tracking(store: RunStore, record: RunRecord) -> None:
 
     spec = TuneSpec.model_validate(record.spec)
     tracker = open_tracker(spec, record.run_id, live=True)
+    for stage in killed:
+        if stage.mlflow_run_id:
+            tracker.end_run(stage.mlflow_run_id, "KILLED")
     report = store.read_file(REPORT_FILE)
     if report is not None:
         tracker.log_text(record.mlflow_run_id, report.decode(), REPORT_FILE)

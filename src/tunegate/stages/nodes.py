@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,8 +31,11 @@ Work = Callable[[StageContext, Mapping[str, Path], Mapping[str, Path]], Outcome]
 """What a stage does, given its inputs and the (empty) folders of its outputs."""
 
 TASK_FILE, OUTCOME_FILE = "task.json", "outcome.json"
+#: Written again and again by the stage's pod while it follows its nodes; they end when it stays the same for long.
+SIGN_OF_LIFE = "alive"
 ERROR_FOLDER = "error"
 ERROR_FILE = f"{ERROR_FOLDER}/failure.json"
+_BEAT_SECONDS = 60.0
 
 
 class Task(BaseModel):
@@ -185,7 +188,7 @@ def _on_nodes(
         task_uri=f"{context.run.uri}/{folder}/{TASK_FILE}",
         owner=Owner(*pod) if pod else None,
     )
-    with _deleting_on_sigterm(lambda: jobs.delete(name)):
+    with _showing_life(context.run, folder), _deleting_on_sigterm(lambda: jobs.delete(name)):
         try:
             run_to_end(jobs, job, note=context.observer.note, fresh=fresh)
         except TrainJobFailedError as error:
@@ -194,11 +197,32 @@ def _on_nodes(
 
 
 @contextmanager
+def _showing_life(run: RunStore, folder: str) -> Iterator[None]:
+    """Within the context the nodes see that somebody waits for them; they end when this process was killed."""
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.is_set():
+            with suppress(TunegateError):
+                run.store.put(f"runs/{run.run_id}/{folder}/{SIGN_OF_LIFE}", os.urandom(8).hex().encode())
+            over.wait(_BEAT_SECONDS)
+
+    thread = threading.Thread(target=beat, name="sign-of-life", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(5.0)
+
+
+@contextmanager
 def _deleting_on_sigterm(delete: Callable[[], object]) -> Iterator[None]:
     """Within the context SIGTERM deletes the TrainJob and ends the process.
 
     A run that is stopped must not leave its nodes at work; a pod that is moved loses no more than what was trained
-    since the last checkpoint, from which its next try makes the nodes go on.
+    since the last checkpoint, from which its next try makes the nodes go on. KFP's launcher, up to 2.17 at least, ends
+    at SIGTERM without a word to its child, and the container with it: see `_showing_life`.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

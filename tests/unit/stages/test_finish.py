@@ -7,6 +7,7 @@ from tunegate.stages import finish, preflight
 from tunegate.stages.finish import close_run
 from tunegate.stages.preflight import effective_root, effective_run_id, spec_from_parameters
 from tunegate.storage.runs import RunRecord, RunStore, StageRecord
+from tunegate.tracking.tracker import Tracker
 
 
 @pytest.fixture
@@ -45,6 +46,29 @@ def test_status_and_verdict(store, stages, state, status, verdict):
     assert (record.status, record.verdict) == (status, verdict)
     assert record.ended
     assert store.read_file("report.html")
+
+
+def test_a_stage_that_was_killed_is_closed_here_and_in_mlflow(store, tmp_path, monkeypatch):
+    ended = []
+
+    class Closing(Tracker):
+        def end_run(self, run_id, status):
+            ended.append((run_id, status))
+
+    def opened(spec, run_id, live):
+        return Closing.open("", "", artifact_location=None, buffer=tmp_path / "unsent", live=False)
+
+    monkeypatch.setattr("tunegate.stages.context.open_tracker", opened)
+    store.update_run(mlflow_run_id="parent", spec={"storage": {"root": str(tmp_path)}})
+    store.write_stage(
+        StageRecord(stage="sft", status="running", started="2026-01-01T00:00:00+00:00", mlflow_run_id="child")
+    )
+    assert close_run(store, state="FAILED") == "interrupted"
+    record = store.read_stage("sft")
+    assert record.status == "interrupted" and "killed or ran out of memory" in record.error and record.ended
+    assert ended == [("child", "KILLED"), ("parent", "KILLED")]
+    assert "killed" in store.read_run().error
+    assert close_run(store, state="FAILED") == "interrupted"
 
 
 def test_it_is_idempotent(store, tmp_path):
