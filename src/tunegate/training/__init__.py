@@ -24,7 +24,6 @@ _HOMES = {
     "SFTResult": "results",
     "SFTSpec": "config",
     "SamplingSpec": "ppo_config",
-    "launch": "launch",
     "mean_answer_nll": "sft",
     "resolve_model": "models",
     "train_dpo": "dpo",
