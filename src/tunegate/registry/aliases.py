@@ -92,12 +92,12 @@ def promote(
     target = _choose(session, model, version)
     seen = Ledger.read(model)
     if _is_settled(model, seen, target.number):
-        return _promotion(session, target, seen.previous_champion, who=who, why=why, changed=False)
+        return _promotion(seen, target, seen.previous_champion, who=who, why=why, changed=False)
     # Hashing the files can take minutes, so it happens before the lock; what counts is looked at again under it.
-    decision = check_entitled(session, target, seen.champion)
+    decision = check_entitled(session, target, seen)
     with _changing(session, name, who=who, what=f"promoting version {target.number}", wait=wait) as desk:
         if _is_settled(desk.model, desk.ledger, target.number):
-            return _promotion(session, target, desk.ledger.previous_champion, who=who, why=why, changed=False)
+            return _promotion(desk.ledger, target, desk.ledger.previous_champion, who=who, why=why, changed=False)
         if desk.ledger.champion != seen.champion:
             raise RegistryError(
                 f"while version {target.number} was being checked, version {desk.ledger.champion} became champion; "
@@ -119,7 +119,7 @@ def promote(
         with suppress(RegistryError):
             session.tag_version(again, names.TAG_PROMOTED, to_tag({"who": who, "when": now(), "why": why}))
             session.untag_version(again, names.TAG_ROLLED_BACK)
-        return _promotion(session, again, before, who=who, why=why, changed=True, verdict=decision.verdict)
+        return _promotion(desk.ledger, again, before, who=who, why=why, changed=True, verdict=decision.verdict)
 
 
 def rollback(
@@ -168,7 +168,7 @@ def rollback(
         line = line[: line.index(target.number) + 1]
         _move(desk, "rollback", target, line[-2] if len(line) > 1 else None, who=who, why=why)
         session.tag_version(current, names.TAG_ROLLED_BACK, to_tag({"who": who, "when": now(), "why": why}))
-        return _promotion(session, target, current.number, who=who, why=why, changed=True, verdict=decision.verdict)
+        return _promotion(desk.ledger, target, current.number, who=who, why=why, changed=True, verdict=decision.verdict)
 
 
 def reject(uri: str, name: str, version: str | int, *, who: str, why: str, wait: float = WAIT_SECONDS) -> Version:
@@ -208,7 +208,7 @@ def approve(uri: str, name: str, version: str | int, *, who: str, why: str, wait
         problems, decision = evidence_problems(session, target, files=False)
         if problems or decision is None:
             raise _not_entitled(target, problems)
-        _refuse_rejected(target)
+        _refuse_rejected(target, desk.ledger)
         if decision.verdict not in ("PROMOTE", "HOLD"):
             raise _wrong_verdict(target, decision)
         approval = Approval(
@@ -219,35 +219,30 @@ def approve(uri: str, name: str, version: str | int, *, who: str, why: str, wait
             decision_digest=target.tags[names.TAG_DECISION_DIGEST],
         )
         session.tag_version(target, f"{names.TAG_APPROVAL}{_slug(who)}", to_tag(approval.model_dump()))
-        desk.ledger.begin(session, name, "approve", target.number, who=who, why=why, state="done")
+        digests = {"model_digest": approval.model_digest, "decision_digest": approval.decision_digest}
+        desk.ledger.begin(session, name, "approve", target.number, who=who, why=why, state="done", **digests)
         return approval
 
 
-def approvals_of(tags: Mapping[str, str]) -> list[Approval]:
-    """The approvals among a version's tags that hold for its present model and evidence, one a person."""
-    found: dict[str, Approval] = {}
-    for key, value in tags.items():
-        if not key.startswith(names.TAG_APPROVAL):
-            continue
-        try:
-            approval = Approval.model_validate_json(value)
-        except ValueError:
-            continue
-        if (approval.model_digest, approval.decision_digest) == (
-            tags.get(names.TAG_MODEL_DIGEST),
-            tags.get(names.TAG_DECISION_DIGEST),
-        ):
-            found[approval.who.strip().casefold()] = approval
-    return sorted(found.values(), key=lambda a: a.when)
+def approvals_of(ledger: Ledger, version: Version) -> list[Event]:
+    """The approvals of a version as it is now, one a person.
+
+    They are read from the history, not from the tags: a tag that somebody wrote in MLflow's UI is no approval.
+    """
+    digests = {
+        "model_digest": version.tags.get(names.TAG_MODEL_DIGEST, ""),
+        "decision_digest": version.tags.get(names.TAG_DECISION_DIGEST, ""),
+    }
+    return ledger.approvals(version.number, **digests)
 
 
-def check_entitled(session: Session, version: Version, champion: int | None) -> DecisionFacts:
+def check_entitled(session: Session, version: Version, ledger: Ledger) -> DecisionFacts:
     """Check everything that a promotion needs, the files included.
 
     Args:
         session: The registry.
         version: The version that asks for promotion.
-        champion: The present champion by the ledger; the evidence must compare with this very model.
+        ledger: Knows the present champion, with which the evidence must compare, and the approvals.
 
     Returns:
         The decision.
@@ -256,7 +251,7 @@ def check_entitled(session: Session, version: Version, champion: int | None) -> 
         GateError: The version is not entitled; the message names every reason.
         RegistryError: MLflow cannot be reached.
     """
-    _refuse_rejected(version)
+    _refuse_rejected(version, ledger)
     problems, decision = evidence_problems(session, version)
     if problems or decision is None:
         raise _not_entitled(version, problems)
@@ -266,10 +261,10 @@ def check_entitled(session: Session, version: Version, champion: int | None) -> 
             key=version.uri,
             fix="evaluate and decide again with this version of Tunegate",
         )
-    if champion is not None and champion != version.number:
-        _check_compared(version, decision, session.version(version.name, champion))
+    if ledger.champion is not None and ledger.champion != version.number:
+        _check_compared(version, decision, session.version(version.name, ledger.champion))
     required = int(version.tags.get(names.TAG_APPROVALS_REQUIRED, "0") or 0)
-    approvals = approvals_of(version.tags)
+    approvals = approvals_of(ledger, version)
     if decision.verdict == "HOLD" and required == 0:
         raise _wrong_verdict(version, decision)
     if decision.verdict not in ("PROMOTE", "HOLD"):
@@ -391,7 +386,7 @@ def _place_previous(desk: _Desk) -> None:
 
 
 def _promotion(
-    session: Session,
+    ledger: Ledger,
     version: Version,
     previous: int | None,
     *,
@@ -406,7 +401,7 @@ def _promotion(
         previous=None if previous is None else str(previous),
         changed=changed,
         verdict=verdict or version.tags.get(names.TAG_VERDICT, ""),
-        approvals=[a.who for a in approvals_of(version.tags)],
+        approvals=[event.who for event in approvals_of(ledger, version)],
         who=who,
         when=now(),
         why=why,
@@ -417,10 +412,12 @@ def _what_counts(tags: Mapping[str, str]) -> dict[str, str]:
     return {k: v for k, v in tags.items() if k.startswith("tunegate.")}
 
 
-def _refuse_rejected(version: Version) -> None:
-    if names.TAG_REJECTED in version.tags:
+def _refuse_rejected(version: Version, ledger: Ledger) -> None:
+    event = ledger.rejection(version.number)
+    if names.TAG_REJECTED in version.tags or event is not None:
+        why = f"{event.why} ({event.who}, {event.when})" if event else _why_of(version.tags[names.TAG_REJECTED])
         raise GateError(
-            f"the version was rejected: {_why_of(version.tags[names.TAG_REJECTED])}",
+            f"the version was rejected: {why}",
             key=version.uri,
             fix="promote another version, or train and register again",
         )

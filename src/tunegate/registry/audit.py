@@ -104,12 +104,12 @@ def status(uri: str, name: str) -> RegistryStatus:
     """
     session = Session(uri)
     model = session.model(name)
-    holder = read_holder(session, name)
+    ledger, holder = Ledger.read(model), read_holder(session, name)
     return RegistryStatus(
         name=name,
         aliases={alias: str(number) for alias, number in sorted(model.aliases.items())},
-        versions=[_status_of(v, model) for v in session.versions(name)],
-        unfinished=Ledger.read(model).unfinished,
+        versions=[_status_of(v, model, ledger) for v in session.versions(name)],
+        unfinished=ledger.unfinished,
         held_by=None if holder is None else f"{holder.get('who')} ({holder.get('what')})",
     )
 
@@ -189,6 +189,11 @@ def _findings(session: Session, name: str, *, enforce: bool, who: str, files: bo
     if not enforce and (holder := read_holder(session, name)) is not None and is_stale(holder):
         findings.append(Finding(kind="lock", message=f"a lock was left behind by {holder.get('who')}"))
     versions = session.versions(name)
+    findings += [
+        Finding(kind="history", message=f"version {v.number} was rejected by {event.who}, but its tag is gone")
+        for v in versions
+        if (event := ledger.rejection(v.number)) is not None and names.TAG_REJECTED not in v.tags
+    ]
     expected = {
         names.CHAMPION: ledger.champion,
         names.PREVIOUS_CHAMPION: ledger.previous_champion,
@@ -233,7 +238,7 @@ def _misplaced(
     )
 
 
-def _status_of(version: Version, model: RegisteredName) -> VersionStatus:
+def _status_of(version: Version, model: RegisteredName, ledger: Ledger) -> VersionStatus:
     tags = version.tags
     return VersionStatus(
         version=str(version.number),
@@ -243,7 +248,7 @@ def _status_of(version: Version, model: RegisteredName) -> VersionStatus:
         model_digest=tags.get(names.TAG_MODEL_DIGEST, ""),
         run_id=tags.get(names.TAG_RUN_ID, ""),
         created_ms=version.created_ms,
-        approvals=[a.who for a in approvals_of(tags)],
+        approvals=[event.who for event in approvals_of(ledger, version)],
         approvals_required=int(tags.get(names.TAG_APPROVALS_REQUIRED, "0") or 0),
         rejected=tags.get(names.TAG_REJECTED),
         rolled_back=tags.get(names.TAG_ROLLED_BACK),

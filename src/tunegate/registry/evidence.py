@@ -1,8 +1,8 @@
 """What entitles a version to be promoted, and whether it still belongs to that version.
 
-The chain: the version's tags name the digest of the model and of `decision.json`; `decision.json` names the digest of
-the model that was judged; the model's `manifest.json` names the digest of every file. A version is entitled only when
-every link holds at the moment of the promotion.
+The chain: the version's tags are those that `registration.json` was written with; they name the digest of the model and
+of `decision.json`; `decision.json` names the digest of the model that was judged; the model's `manifest.json` names the
+digest of every file. A version is entitled only when every link holds at the moment of the promotion.
 """
 
 from __future__ import annotations
@@ -152,6 +152,7 @@ def evidence_problems(
         except GateError as error:
             return [*problems, error.reason], None
         problems += _decision_problems(decision, tags)
+        problems += _tag_problems(folder, version)
         if (evaluation := tags.get(names.TAG_EVALUATION_DIGEST)) is not None:
             problems += _evaluation_problems(folder, evaluation)
         if files:
@@ -169,6 +170,23 @@ def _decision_problems(decision: DecisionFacts, tags: Mapping[str, str]) -> list
     if decision.verdict != tags[names.TAG_VERDICT]:
         problems.append(f"the decision says {decision.verdict}, the version's tag says {tags[names.TAG_VERDICT]}")
     return problems
+
+
+def _tag_problems(folder: Path, version: Version) -> list[str]:
+    """Compare the version's tags, which anybody can edit in MLflow's UI, with those it was registered with."""
+    path = folder / names.EVIDENCE_FOLDER / names.REGISTRATION_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        name, recorded = str(content["name"]), dict(content["tags"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return [f"{names.EVIDENCE_FOLDER}/{names.REGISTRATION_FILE} is missing or cannot be read"]
+    if name != version.name:
+        return [f"these files were registered as {name}, not as {version.name}"]
+    return [
+        f"the tag {key} was changed after the registration, from {value!r} to {version.tags.get(key)!r}"
+        for key, value in recorded.items()
+        if version.tags.get(key) != value
+    ]
 
 
 def _evaluation_problems(folder: Path, digest: str) -> list[str]:

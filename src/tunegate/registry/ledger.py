@@ -103,6 +103,19 @@ class Ledger:
         line = self.reign()
         return line[-2] if len(line) > 1 else None
 
+    def rejection(self, version: int) -> Event | None:
+        """Who rejected a version, if anybody did."""
+        return next((e for e in self.events if e.action == "reject" and e.version == version), None)
+
+    def approvals(self, version: int, *, model_digest: str, decision_digest: str) -> list[Event]:
+        """The approvals of a version that hold for this very model and evidence: the first one of each person."""
+        found: dict[str, Event] = {}
+        for event in self.events:
+            about = (event.action, event.version, event.model_digest, event.decision_digest)
+            if about == ("approve", version, model_digest, decision_digest):
+                found.setdefault(event.who.strip().casefold(), event)
+        return list(found.values())
+
     def problems(self) -> list[str]:
         """Signs that the ledger was edited by hand."""
         found = [f"the history entry {key} cannot be read" for key in self.unreadable]

@@ -112,7 +112,7 @@ def register(
         try:
             with tempfile.TemporaryDirectory(prefix="tunegate-") as folder, patience():
                 beside = Path(folder)
-                _lay_out_evidence(beside, manifest, decision_data, evaluation, model_card)
+                _lay_out_evidence(beside, manifest, decision_data, evaluation, model_card, spec.model_name, tags)
                 session.client.log_model_artifacts(model_id, str(model))
                 session.client.log_model_artifacts(model_id, str(beside))
             session.client.finalize_logged_model(model_id, "READY")
@@ -315,11 +315,19 @@ def _logged_name(name: str) -> str:
 
 
 def _lay_out_evidence(
-    folder: Path, manifest: Manifest, decision: bytes, evaluation: Path | None, model_card: str
+    folder: Path,
+    manifest: Manifest,
+    decision: bytes,
+    evaluation: Path | None,
+    model_card: str,
+    name: str,
+    tags: Mapping[str, str],
 ) -> None:
     evidence = folder / names.EVIDENCE_FOLDER
     evidence.mkdir()
     (evidence / names.DECISION_FILE).write_bytes(decision)
+    registration = {"schema_version": 1, "name": name, "tags": dict(sorted(tags.items()))}
+    (evidence / names.REGISTRATION_FILE).write_text(json.dumps(registration, indent=2) + "\n", encoding="utf-8")
     if evaluation is not None:
         shutil.copytree(evaluation, evidence / names.EVALUATION_FOLDER)
     taken = any(entry.path == names.MODEL_CARD for entry in manifest.files)

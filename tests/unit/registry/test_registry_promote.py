@@ -144,6 +144,57 @@ def test_an_approval_of_other_evidence_does_not_count(uri, add):
         promote(uri, NAME, 2, who="ann", why="x")
 
 
+TAGS_BY_HAND = [
+    ("tunegate.approvals_required", "0"),
+    ("tunegate.verdict", "HOLD"),
+    ("tunegate.evaluation_digest", "0" * 64),
+    ("tunegate.parent.dataset", "0" * 64),
+    ("tunegate.gate.bias", "PROMOTE "),
+]
+
+
+@pytest.mark.parametrize(("tag", "value"), TAGS_BY_HAND)
+def test_a_tag_that_was_edited_by_hand_stops_a_promotion(uri, add, tag, value):
+    add(uri, "one", approvals=1)
+    approve(uri, NAME, 1, who="ann", why="read it")
+    connect(uri).set_model_version_tag(NAME, "1", tag, value)
+    with pytest.raises(GateError, match=f"the tag {tag} was changed after the registration"):
+        promote(uri, NAME, 1, who="ann", why="x")
+    connect(uri).delete_model_version_tag(NAME, "1", tag)
+    with pytest.raises(GateError):
+        promote(uri, NAME, 1, who="ann", why="x")
+    assert _aliases(uri) == {"candidate": 1}
+
+
+def test_an_approval_written_by_hand_is_none(uri, add):
+    add(uri, "one", "HOLD", approvals=2)
+    approve(uri, NAME, 1, who="ann", why="read it")
+    client = connect(uri)
+    forged = json.loads(client.get_model_version(NAME, "1").tags["tunegate.approval.ann"]) | {"who": "bob"}
+    client.set_model_version_tag(NAME, "1", "tunegate.approval.bob", json.dumps(forged))
+    assert status(uri, NAME).versions[0].approvals == ["ann"]
+    with pytest.raises(GateError, match=r"asks for 2 approvals, it has 1 \(ann\)"):
+        promote(uri, NAME, 1, who="ann", why="x")
+
+
+def test_a_rejection_holds_when_its_tag_is_deleted_by_hand(uri, add):
+    add(uri, "one")
+    reject(uri, NAME, 1, who="ann", why="it swears")
+    connect(uri).delete_model_version_tag(NAME, "1", "tunegate.rejected")
+    with pytest.raises(GateError, match="was rejected: it swears"):
+        promote(uri, NAME, 1, who="bob", why="x")
+    assert "version 1 was rejected by ann, but its tag is gone" in {f.message for f in audit(uri, NAME).findings}
+
+
+def test_files_registered_under_another_name_are_no_evidence(uri, add, artifacts):
+    add(uri, "one")
+    with artifacts(1) as root:
+        path = root / "tunegate" / "registration.json"
+        path.write_text(path.read_text().replace(f'"{NAME}"', '"another"'))
+    with pytest.raises(GateError, match=f"registered as another, not as {NAME}"):
+        promote(uri, NAME, 1, who="ann", why="x")
+
+
 @on_both_stores
 def test_a_rejected_version_is_never_promoted_and_the_candidate_moves_on(uri, add):
     add(uri, "one")
@@ -224,6 +275,10 @@ def _remove_decision(root: Path) -> None:
     (root / "tunegate" / "decision.json").unlink()
 
 
+def _remove_registration(root: Path) -> None:
+    (root / "tunegate" / "registration.json").unlink()
+
+
 def _change_evaluation(root: Path) -> None:
     (root / "tunegate" / "evaluation" / "evaluation.json").write_text('{"of": "another"}')
 
@@ -243,6 +298,7 @@ def _remove_evaluation(root: Path) -> None:
         (_add_code, r"modeling_custom\.py was added"),
         (_rewrite_model_and_manifest, "the version is registered for"),
         (_remove_decision, r"decision\.json is missing"),
+        (_remove_registration, r"registration\.json is missing"),
         (_change_evaluation, "evaluation's files were changed"),
         (_remove_evaluation, "evaluation is missing"),
     ],

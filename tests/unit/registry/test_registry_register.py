@@ -58,6 +58,7 @@ def test_a_version_carries_its_files_evidence_tags_and_links(uri, tmp_path):
         "tunegate/decision.json",
         "tunegate/evaluation/evaluation.json",
         "tunegate/evaluation/manifest.json",
+        "tunegate/registration.json",
     ]
     assert (local / "README.md").read_text() == CARD
 
