@@ -58,6 +58,7 @@ def run_app() -> None:
         models,
         runs,
         spec,
+        storage,
         train,
     )
 

@@ -188,7 +188,7 @@ def _table(*columns: str) -> Table:
 
     table = Table(box=None, pad_edge=False)
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column in {"kind", "source", "check"})
     return table
 
 

@@ -154,6 +154,18 @@ def test_the_command_shows_first_and_deletes_when_told(tmp_path, monkeypatch):
     assert [(h["kind"], h["key"], h["garbage"]) for h in listed] == [("run", "runs/new", False)]
 
 
+def test_the_command_line_knows_the_command():
+    import subprocess
+    import sys
+
+    shown = subprocess.run(
+        [sys.executable, "-c", "from tunegate.cli import main; main()", "storage", "--help"],
+        capture_output=True,
+        text=True,
+    )
+    assert shown.returncode == 0 and "gc" in shown.stdout
+
+
 def _sha(path):
     import hashlib
 
