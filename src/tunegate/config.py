@@ -108,6 +108,25 @@ class TuneSpec(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        """Heads of the reward model name sources that exist, every source belongs to one, and a cost is one of them."""
+        heads = self.reward.heads
+        if heads:
+            given = {source.name for kind in ("preferences", "ratings") for source in getattr(self.data, kind)}
+            named = {source for head in heads for source in head.sources}
+            if unknown := sorted(named - given):
+                raise ValueError(
+                    f"reward.heads: there is no source {', '.join(unknown)} of preferences or ratings; "
+                    f"there are {', '.join(sorted(given)) or 'none'} (set name: of a source)"
+                )
+            if homeless := sorted(given - named):
+                raise ValueError(f"reward.heads: the source {', '.join(homeless)} belongs to no head; name it in one")
+        cost = self.ppo.cost.head if self.ppo.cost is not None else None
+        if cost is not None and cost not in {head.name for head in heads if head.kind == "cost"}:
+            raise ValueError(f"ppo.cost.head: reward.heads has no head {cost!r} of kind 'cost'; add it")
+        return self
+
     @property
     def rollouts(self) -> PPOSpec:
         """The section `ppo` with the algorithm that `last_stage` names."""

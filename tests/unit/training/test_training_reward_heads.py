@@ -10,6 +10,7 @@ import pytest
 import torch
 from training_samples import make_preferences, make_ratings
 
+from tunegate.config import build_spec
 from tunegate.data.records import Preference, Prompt, Rating
 from tunegate.errors import DataError, ModelError, SpecError
 from tunegate.observer import RecordingObserver
@@ -218,6 +219,21 @@ def test_heads_that_cannot_be_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             RewardSpec(heads=heads)
+
+
+def test_a_spec_whose_heads_and_sources_do_not_fit_is_refused():
+    data = {"preferences": [{"uri": "a.jsonl", "name": "help"}, {"uri": "b.jsonl", "name": "harm"}]}
+    helpful = {"name": "helpful", "sources": ["help"]}
+    harm = {"name": "harm", "sources": ["harm"], "kind": "cost"}
+    assert build_spec({"data": data, "reward": {"heads": [helpful, harm]}, "ppo": {"cost": {"head": "harm"}}})
+    for layer, message in (
+        ({"reward": {"heads": [helpful, harm | {"sources": ["harms"]}]}}, "no source harms.*there are harm, help"),
+        ({"reward": {"heads": [helpful]}}, "source harm belongs to no head"),
+        ({"ppo": {"cost": {"head": "harm"}}}, "no head 'harm' of kind 'cost'"),
+        ({"reward": {"heads": [helpful, harm]}, "ppo": {"cost": {"head": "helpful"}}}, "no head 'helpful' of kind"),
+    ):
+        with pytest.raises(SpecError, match=message):
+            build_spec({"data": data}, layer)
 
 
 # -- ensembles ----------------------------------------------------------------------------------------------------
