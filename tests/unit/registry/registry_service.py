@@ -84,7 +84,7 @@ class Postgres:
                 cwd=self.folder,
                 **self._user,
             )
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 240
         while True:
             try:
                 psycopg2.connect(host="127.0.0.1", port=self.port, user="mlflow", dbname="postgres").close()
@@ -99,7 +99,7 @@ class Postgres:
         """Cut every connection at once, as when the machine is lost (SIGQUIT: immediate shutdown)."""
         if self._process is not None:
             self._process.send_signal(3)
-            self._process.wait(timeout=30)
+            self._process.wait(timeout=240)
             self._process = None
 
     def close(self) -> None:

@@ -147,7 +147,7 @@ def test_of_two_that_promote_at_once_one_wins_and_the_other_is_told(uri, two, ad
 
     def check_together(*arguments: Any) -> Any:
         decision = real(*arguments)
-        barrier.wait(timeout=30)  # both have found that they may
+        barrier.wait(timeout=240)  # both have found that they may
         return decision
 
     monkeypatch.setattr(aliases, "check_entitled", check_together)
@@ -209,7 +209,7 @@ def test_of_two_processes_that_promote_at_once_one_wins(uri, two, add):
         assert process.stdin is not None
         process.stdin.write("go\n")
         process.stdin.flush()
-    answers = [process.communicate(timeout=60)[0].strip() for process in processes]
+    answers = [process.communicate(timeout=240)[0].strip() for process in processes]
     assert sorted(answer[:3] for answer in answers) == ["tol", "won"], answers
     assert _champion(two) == 2 + [a[:3] for a in answers].index("won")
     assert audit(uri, NAME).findings == []

@@ -158,7 +158,7 @@ def test_two_processes_promote_while_the_server_is_restarted_under_them(service,
         process.stdin.flush()
     back = threading.Thread(target=service.mlflow.start)
     back.start()
-    answers = [process.communicate(timeout=120)[0].strip() for process in processes]
+    answers = [process.communicate(timeout=240)[0].strip() for process in processes]
     back.join()
     # However it went, it went whole: a winner is champion, and who did not win was told why.
     assert all(answer.startswith(("won", "told: ")) for answer in answers), answers

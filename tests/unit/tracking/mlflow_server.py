@@ -47,7 +47,7 @@ class MlflowServer:
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while time.monotonic() < deadline:
             assert self._process.poll() is None, self._log.read_text()
             try:
