@@ -43,6 +43,7 @@ ObjectName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9.]{0,2
 LabelValue = Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$")]
 _LABEL_KEY = re.compile(r"^([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$")
 _ENVIRONMENT_NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
+_LONGEST_WAIT_SECONDS = 86400
 
 
 def _check_label_keys(field: str, labels: dict[str, str]) -> None:
@@ -113,16 +114,16 @@ class RetrySpec(Section):
     backoff_seconds: int = Field(default=60, ge=1, le=3600)
     """Seconds before the first retry."""
 
-    factor: float = Field(default=2.0, ge=1.0, le=10.0)
+    factor: int = Field(default=2, ge=1, le=10)
     """Each further wait is this many times longer."""
 
-    max_backoff_seconds: int = Field(default=900, ge=1, le=86400)
-    """No wait is longer than this, in seconds."""
-
     @model_validator(mode="after")
-    def _ordered(self) -> RetrySpec:
-        if self.max_backoff_seconds < self.backoff_seconds:
-            raise ValueError("`max_backoff_seconds` must be at least `backoff_seconds`")
+    def _soon(self) -> RetrySpec:
+        last = self.backoff_seconds * self.factor ** max(self.count - 1, 0)
+        if last > _LONGEST_WAIT_SECONDS:
+            raise ValueError(
+                f"the wait before the last of {self.count} retries would be {last / 86400:.1f} days, over one"
+            )
         return self
 
 

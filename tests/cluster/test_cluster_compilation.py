@@ -194,7 +194,7 @@ def test_each_stage_gets_its_own(compiled):
         "maxRetryCount": 3,
         "backoffDuration": "30s",
         "backoffFactor": 2.0,
-        "backoffMaxDuration": "900s",
+        "backoffMaxDuration": "31536000s",
     }
     assert "retryPolicy" not in tasks(compiled)["evaluate"]
 
@@ -348,7 +348,8 @@ def test_unknown_long_and_doubled_parameters_are_refused():
         ({"environment": {"AWS_SECRET_ACCESS_KEY": "x"}}, "put it into a Secret"),
         ({"secrets": [{"name": "s3", "keys": {"a": "NOT VALID"}}]}, "no name of an environment variable"),
         ({"labels": {"team": "two words"}}, "pattern"),
-        ({"defaults": {"retry": {"backoff_seconds": 60, "max_backoff_seconds": 10}}}, "at least `backoff_seconds`"),
+        ({"defaults": {"retry": {"count": 12}}}, "would be 1.4 days"),
+        ({"defaults": {"retry": {"factor": 1.5}}}, "integer"),
         ({"defaults": {"gpu": 1}}, "Extra inputs"),
         ({"defaults": {"nodes": 2}}, "goes under `training`"),
         ({"stages": {"evaluate": {"nodes": 2}}}, "evaluate runs on one node"),

@@ -18,6 +18,10 @@ from tunegate.trainjob.objects import (
 #: Tasks whose name in the pipeline is not that of their stage.
 _STAGES = {"validate-data": "validate", "reward-model": "reward", "fetch-model": "fetch"}
 
+# Not the longest wait, as KFP's name for it says: Argo counts it from the start of the first try, makes no further try
+# after it, and kills the one that runs. With KFP's default of an hour no longer training would be tried again.
+_RETRY_WINDOW = "365d"
+
 
 def stage_of(task_name: str) -> StageName | None:
     """The stage that a task of a pipeline runs, None for a task of another kind."""
@@ -97,7 +101,7 @@ def _size(task: Any, sizes: StageResources, channels: Mapping[str, Any]) -> None
             num_retries=sizes.retry.count,
             backoff_duration=f"{sizes.retry.backoff_seconds}s",
             backoff_factor=sizes.retry.factor,
-            backoff_max_duration=f"{sizes.retry.max_backoff_seconds}s",
+            backoff_max_duration=_RETRY_WINDOW,
         )
 
 
