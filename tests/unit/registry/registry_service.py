@@ -131,7 +131,11 @@ class Service:
             artifacts=f"s3://{BUCKET}/mlflow",
             environment={**_CREDENTIALS, "MLFLOW_S3_ENDPOINT_URL": endpoint},
         )
-        self.mlflow.start()
+        try:
+            self.mlflow.start()
+        except BaseException:
+            self.close()  # nobody else will
+            raise
 
     @property
     def uri(self) -> str:

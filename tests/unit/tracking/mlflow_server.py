@@ -55,6 +55,7 @@ class MlflowServer:
                     return
             except OSError:
                 time.sleep(0.05)
+        self.stop()
         raise AssertionError(f"the server did not come up: {self._log.read_text()}")
 
     def stop(self) -> None:
