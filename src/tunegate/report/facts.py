@@ -21,6 +21,12 @@ ROLES = ("anchor", "sft", "candidate", "champion")
 ROLE_NAMES = {"anchor": "Base", "sft": "SFT", "candidate": "PPO", "champion": "Champion"}
 
 
+def role_names(pipeline: str) -> dict[str, str]:
+    """What the models of a run are called; the `evaluation` pipeline measures any model against any other."""
+    other = {"candidate": "Evaluated", "champion": "Compared"} if pipeline == "evaluation" else {}
+    return {**ROLE_NAMES, **other}
+
+
 @dataclass(frozen=True, slots=True)
 class Estimate:
     """A figure with its confidence interval and the number of observations behind it."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from functools import cache
+from collections.abc import Mapping
+from functools import cache, partial
 from importlib import resources
 from typing import Any
 
@@ -17,7 +18,7 @@ from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from tunegate.report import balance, charts, curves, diagrams, formats, wording
-from tunegate.report.facts import ROLE_NAMES, ROLES, Bar, Estimate, Facts, Metric, Reference, Sample, Unit
+from tunegate.report.facts import ROLES, Bar, Estimate, Facts, Metric, Reference, Sample, Unit, role_names
 from tunegate.report.reading import read_facts
 from tunegate.report.svg import tag
 from tunegate.storage.runs import RunStore
@@ -89,6 +90,7 @@ def _context(facts: Facts) -> dict[str, Any]:
     """What the template works with."""
     script = "\n" + _asset("report.js")
     groups = _sample_groups(facts.samples)
+    names = role_names(facts.run.pipeline if facts.run else "")
     return {
         "facts": facts,
         "charts": _CHARTS,
@@ -102,11 +104,11 @@ def _context(facts: Facts) -> dict[str, Any]:
         "icon": _icon,
         "sections": _sections(facts),
         "headline_facts": wording.headline_facts(facts),
-        "role_names": ROLE_NAMES,
+        "role_names": names,
         "role_order": list(ROLES),
         "sample_groups": groups,
         "sample_roles": [r for r in ROLES if any(r in s.answers for s in facts.samples)],
-        "metric_bars": _metric_bars,
+        "metric_bars": partial(_metric_bars, names),
         "chance": Reference(0.5, "chance"),
         "measured_effects": _measured(facts),
         "drawn_gates": any(g.estimate and g.limit is not None for g in facts.gates),
@@ -198,8 +200,8 @@ def _sample_groups(samples: list[Sample]) -> list[tuple[str, str, list[Sample], 
     return groups
 
 
-def _metric_bars(metric: Metric) -> list[Bar]:
-    return [Bar(ROLE_NAMES[r], metric.by_role[r], r) for r in ROLES if r in metric.by_role]
+def _metric_bars(names: Mapping[str, str], metric: Metric) -> list[Bar]:
+    return [Bar(names[r], metric.by_role[r], r) for r in ROLES if r in metric.by_role]
 
 
 def _estimate_figures(found: Estimate | None, unit: Unit, signed: bool = False) -> list[str]:

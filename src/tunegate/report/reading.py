@@ -50,7 +50,7 @@ def read_facts(run: RunStore) -> Facts:
             curves[stage] = main
         if rest:
             more[stage] = rest
-    from_evaluation = read_evaluation_facts(evaluation, spec)
+    from_evaluation = read_evaluation_facts(evaluation, spec, record.pipeline if record else "")
     if not from_evaluation["samples"]:
         from_evaluation["samples"] = read_examples(ppo)
     return Facts(

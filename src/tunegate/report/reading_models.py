@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypedDict
 
 from tunegate.report.facts import (
-    ROLE_NAMES,
     ROLES,
     Answer,
     Balance,
@@ -17,6 +16,7 @@ from tunegate.report.facts import (
     Reference,
     Sample,
     Unit,
+    role_names,
 )
 from tunegate.report.tolerant import estimate, mapping, mappings, real, string, strings, whole
 
@@ -63,12 +63,14 @@ class EvaluationFacts(TypedDict):
     confidence: float | None
 
 
-def read_evaluation_facts(evaluation: Mapping[str, Any], spec: Mapping[str, Any]) -> EvaluationFacts:
-    """Everything about the evaluated models; all empty when there is no evaluation."""
+def read_evaluation_facts(
+    evaluation: Mapping[str, Any], spec: Mapping[str, Any], pipeline: str = ""
+) -> EvaluationFacts:
+    """Everything about the evaluated models of a run of a pipeline; all empty when there is no evaluation."""
     gates = mapping(spec.get("gates"))
     useful_name, turned, axis = _useful_metric(evaluation)
     return {
-        "balance": _balance(evaluation, useful_name, turned),
+        "balance": _balance(evaluation, useful_name, turned, role_names(pipeline)),
         "balance_limits": _limits(gates, useful_name),
         "useful_axis": axis,
         "safe_axis": _safe_metric(evaluation)[1],
@@ -146,7 +148,7 @@ def _turned(value: Estimate) -> Estimate:
     return Estimate(1 - value.value, None if high is None else 1 - high, None if low is None else 1 - low, value.n)
 
 
-def _balance(evaluation: Mapping[str, Any], useful_name: str, turned: bool) -> list[Balance]:
+def _balance(evaluation: Mapping[str, Any], useful_name: str, turned: bool, names: Mapping[str, str]) -> list[Balance]:
     useful = metric(evaluation, useful_name)
     if useful_name == "win_rate_anchor" and useful:
         # A model draws with itself: the base model stands at one half by definition.
@@ -156,7 +158,7 @@ def _balance(evaluation: Mapping[str, Any], useful_name: str, turned: bool) -> l
     return [
         Balance(
             role=role,
-            name=ROLE_NAMES[role],
+            name=names[role],
             useful=_turned(useful[role]) if turned else useful[role],
             safe=_turned(harm[role]),
             over_refusal=refused[role].value if role in refused else None,

@@ -456,3 +456,12 @@ def test_bias_questions_prompt_sets_and_reward_models_are_shown(promoted):
         assert shown in text, shown
     # Only the candidate's own prompt sets are drawn.
     assert text.count("advbench (harmful)") == text.count("house set (harmful)")
+
+
+def test_an_evaluation_run_speaks_of_the_evaluated_model(tmp_path):
+    store = write_run(tmp_path)
+    store.update_run(pipeline="evaluation")
+    text = Page(render_report(store)).text
+    assert "from base to SFT to Evaluated" in text
+    assert "from base to SFT to PPO" not in text
+    assert "Evaluated" in Page(render_report(store)).text.split("Paired differences")[0]
