@@ -13,6 +13,10 @@ from tunegate.storage.runs import RunRecord, RunStore, StageRecord, now
 REPORT_FILE = "report.html"
 #: Stages with a gate, the last one first: the run's verdict is that of the last gate it came to.
 _GATE_STAGES = ("decide", "reward", "guard", "validate")
+#: What Kubeflow says of a pipeline that went well: SUCCEEDED since 2.18, and before COMPLETE, from ML Metadata. There
+#: it often says RUNNING of one that is over, namely where conditions are nested or a pod died; then the records decide.
+_DONE_STATES = frozenset({"", "SUCCEEDED", "COMPLETE", "CACHED"})
+_STOPPED_STATES = frozenset({"CANCELED", "CANCELING"})
 
 
 def run(*, run_id: str, job_id: str, storage_root: str, pipeline_root: str, state: str, report: Path) -> str:
@@ -23,7 +27,7 @@ def run(*, run_id: str, job_id: str, storage_root: str, pipeline_root: str, stat
         job_id: Kubeflow's id of the pipeline run.
         storage_root: As in preflight.
         pipeline_root: Kubeflow's pipeline root.
-        state: Kubeflow's final state of the pipeline body, e.g. `SUCCEEDED`.
+        state: Kubeflow's state of the pipeline's body, e.g. `SUCCEEDED`; see `_DONE_STATES`.
         report: Where to write the HTML report.
 
     Returns:
@@ -47,7 +51,7 @@ def close_run(store: RunStore, *, state: str, report: Path | None = None) -> str
         )
     killed = _close_killed(store)
     stages = [s for s in store.stages() if s.stage != "finish"]
-    record = record.model_copy(update={**_settle(stages, state), "ended": now()})
+    record = record.model_copy(update={**_settle(record.pipeline, stages, state), "ended": now()})
     store.write_run(record)
     _write_cost(store, record, stages)
     html = render_report(store)
@@ -70,15 +74,36 @@ def _close_killed(store: RunStore) -> list[StageRecord]:
     return killed
 
 
-def _settle(stages: list[StageRecord], state: str) -> dict[str, str | None]:
+def _settle(pipeline: str, stages: list[StageRecord], state: str) -> dict[str, str | None]:
     for stage in stages:
         if stage.status in {"failed", "interrupted"}:
             return {"status": stage.status, "failed_stage": stage.stage, "error": stage.error, "verdict": None}
-    if state not in {"SUCCEEDED", ""}:
-        return {"status": "failed", "failed_stage": None, "error": f"the pipeline ended in state {state}"}
+    if state not in _DONE_STATES and not _at_its_end(pipeline, stages):
+        stopped = state in _STOPPED_STATES
+        reason = "it was stopped" if stopped else "a task failed before its stage began: see its pod's events and log"
+        return {
+            "status": "interrupted" if stopped else "failed",
+            "failed_stage": None,
+            "error": f"the pipeline ended before its last stage (Kubeflow's state: {state}): {reason}",
+            "verdict": None,
+        }
     verdicts = {s.stage: s.verdict for s in stages if s.verdict}
     verdict = next((verdicts[name] for name in _GATE_STAGES if name in verdicts), None)
     return {"status": "done", "verdict": verdict, "failed_stage": None, "error": None}
+
+
+def _at_its_end(pipeline: str, stages: list[StageRecord]) -> bool:
+    """Whether the pipeline's last stage is done, or one after which none follows."""
+    done = {s.stage: s for s in stages if s.status == "done"}
+    if "promote" in done:
+        return True
+    if "decide" in done:
+        follows = done["decide"].values.get("follows")
+        return pipeline == "evaluation" or follows == "stop" or ("register" in done and follows != "promote")
+    for name in ("reward", "guard"):
+        if name in done:
+            return done[name].values.get("proceed") == "no"
+    return "validate" in done and done["validate"].verdict != "PROMOTE"
 
 
 def _write_cost(store: RunStore, record: RunRecord, stages: list[StageRecord]) -> None:

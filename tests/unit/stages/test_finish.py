@@ -36,6 +36,7 @@ def add(store, stage, status="done", verdict=None, error=None, seconds=1.0):
         ([("sft", "running", None)], "FAILED", "interrupted", None),
         ([("sft", "interrupted", None)], "FAILED", "interrupted", None),
         ([("ingest", "done", None)], "FAILED", "failed", None),
+        ([("decide", "done", "PROMOTE")], "COMPLETE", "done", "PROMOTE"),
     ],
 )
 def test_status_and_verdict(store, stages, state, status, verdict):
@@ -46,6 +47,42 @@ def test_status_and_verdict(store, stages, state, status, verdict):
     assert (record.status, record.verdict) == (status, verdict)
     assert record.ended
     assert store.read_file("report.html")
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "stages", "done"),
+    [
+        ("instruction-tuning", {"validate": "REJECT"}, True),
+        ("instruction-tuning", {"validate": "PROMOTE"}, False),
+        ("instruction-tuning", {"validate": "PROMOTE", "sft": None}, False),
+        ("instruction-tuning", {"validate": "PROMOTE", "guard": {"proceed": "no"}}, True),
+        ("instruction-tuning", {"validate": "PROMOTE", "guard": {"proceed": "yes"}}, False),
+        ("instruction-tuning", {"guard": {"proceed": "yes"}, "reward": {"proceed": "no"}}, True),
+        ("instruction-tuning", {"guard": {"proceed": "yes"}, "reward": {"proceed": "yes"}}, False),
+        ("instruction-tuning", {"reward": {"proceed": "yes"}, "decide": {"follows": "stop"}}, True),
+        ("instruction-tuning", {"decide": {"follows": "register"}}, False),
+        ("instruction-tuning", {"decide": {"follows": "register"}, "register": {}}, True),
+        ("instruction-tuning", {"decide": {"follows": "promote"}, "register": {}}, False),
+        ("instruction-tuning", {"decide": {"follows": "promote"}, "register": {}, "promote": {}}, True),
+        ("evaluation", {"evaluate": None}, False),
+        ("evaluation", {"evaluate": None, "decide": {"follows": "promote"}}, True),
+    ],
+)
+def test_kubeflow_often_says_that_a_run_is_running_which_is_over(store, pipeline, stages, done):
+    store.update_run(pipeline=pipeline)
+    for number, (name, said) in enumerate(stages.items()):
+        started = f"2026-01-01T00:00:{number:02d}+00:00"
+        verdict, values = (said, {}) if isinstance(said, str) else (None, said or {})
+        store.write_stage(
+            StageRecord(stage=name, status="done", started=started, ended=started, verdict=verdict, values=values)
+        )
+    close_run(store, state="RUNNING")
+    assert store.read_run().status == ("done" if done else "failed")
+    assert done or "see its pod's events" in store.read_run().error
+    close_run(store, state="COMPLETE")
+    assert store.read_run().status == "done"
+    close_run(store, state="CANCELED")
+    assert store.read_run().status == ("done" if done else "interrupted")
 
 
 def test_a_stage_that_was_killed_is_closed_here_and_in_mlflow(store, tmp_path, monkeypatch):
