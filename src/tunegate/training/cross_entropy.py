@@ -5,7 +5,7 @@ one chunk of tokens at a time, and the gradient of the sum is computed right awa
 the same softmax: d nll / d logits = softmax(logits) - onehot(target). The idea is that of Liger Kernel's fused linear
 cross-entropy (arXiv 2410.10989).
 
-Shape suffixes: N tokens, D hidden width, V vocabulary.
+Shape suffixes: N tokens, C tokens of a chunk, P tokens of several chunks, D hidden width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from torch import Tensor, nn
 from tunegate.training.accumulation import accumulate
 from tunegate.training.batching import chunks
 
-_CHUNK_BYTES = {"cpu": 96 << 20, "cuda": 512 << 20}
+_CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
+_CHUNKS_A_PRODUCT = {"cpu": 4}
+"""So many chunks of the logits' gradient, in the model's precision, are multiplied with the hidden states at once: each
+product writes a gradient as large as the output layer, and adding these up takes longer than the products."""
 
 
 def chunk_rows(vocabulary: int, device: torch.device) -> int:
@@ -72,21 +75,27 @@ class _SumNLL(torch.autograd.Function):
         hidden_grad_ND = torch.empty_like(hidden_ND) if needs_hidden else None
         weight_grad_VD: Tensor | None = None
         bias_grad_V: Tensor | None = None
-        for part in chunks(len(targets_N), rows):
-            hidden_CD, targets_C1 = hidden_ND[part], targets_N[part, None]
-            logprobs_CV = _logits(hidden_CD, weight_VD, bias_V).log_softmax(dim=1)
-            total -= logprobs_CV.gather(1, targets_C1).sum()
-            if not (needs_hidden or needs_weight or needs_bias):
+        wanted = needs_hidden or needs_weight or needs_bias
+        for part in chunks(len(targets_N), rows * _CHUNKS_A_PRODUCT.get(hidden_ND.device.type, 1)):
+            hidden_PD, targets_P1 = hidden_ND[part], targets_N[part, None]
+            grad_PV = hidden_PD.new_empty(len(targets_P1), weight_VD.shape[0]) if wanted else None
+            for piece in chunks(len(targets_P1), rows):
+                targets_C1 = targets_P1[piece]
+                logprobs_CV = _logits(hidden_PD[piece], weight_VD, bias_V).log_softmax(dim=1)
+                total -= logprobs_CV.gather(1, targets_C1).sum()
+                if grad_PV is None:
+                    continue
+                grad_CV = logprobs_CV.exp_()  # softmax, in place
+                grad_CV.scatter_add_(1, targets_C1, torch.full_like(targets_C1, -1.0, dtype=grad_CV.dtype))
+                if needs_bias:
+                    bias_grad_V = _added(bias_grad_V, grad_CV.sum(0))
+                grad_PV[piece] = grad_CV
+            if grad_PV is None:
                 continue
-            grad_CV = logprobs_CV.exp_()  # softmax, in place
-            grad_CV.scatter_add_(1, targets_C1, torch.full_like(targets_C1, -1.0, dtype=grad_CV.dtype))
-            if needs_bias:
-                bias_grad_V = _added(bias_grad_V, grad_CV.sum(0))
-            grad_CV = grad_CV.to(hidden_ND.dtype)
             if hidden_grad_ND is not None:
-                torch.mm(grad_CV, weight_VD, out=hidden_grad_ND[part])
+                torch.mm(grad_PV, weight_VD, out=hidden_grad_ND[part])
             if needs_weight:
-                weight_grad_VD = _added(weight_grad_VD, grad_CV.T @ hidden_CD)
+                weight_grad_VD = _added(weight_grad_VD, grad_PV.T @ hidden_PD)
         ctx.dtypes = (weight_VD.dtype, None if bias_V is None else bias_V.dtype)
         ctx.save_for_backward(hidden_grad_ND, weight_grad_VD, bias_grad_V)
         return total
