@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gzip
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
@@ -147,6 +147,11 @@ def make_plan(spec: TuneSpec, *, stages: Sequence[str] | None = None) -> Plan:
             heldout_prompts=(sft.part(heldout) + pairs.part(heldout)),
         ),
     ]
+    processes = spec.distributed.processes
+    if processes != "auto" and processes > 1:
+        # Processes of one machine share its cores, but each has memory of its own.
+        trained = [replace(each, memory_bytes=each.memory_bytes * processes) for each in trained]
+        remarks.append(f"training in {processes} processes: their memory together, on a machine without GPUs")
     weights = size.parameters * 2
     planned = [
         (

@@ -20,7 +20,7 @@ from tunegate.training.config import BUNDLED_MODEL, TINY_MODEL, ModelSpec, Rewar
 from tunegate.training.dpo_config import DPOSpec
 from tunegate.training.ppo_config import PPOSpec
 
-_PROCESS_BYTES = 450 << 20  # Python with torch and transformers
+_PROCESS_BYTES = 800 << 20  # Python with torch and transformers, and freed memory that is kept for the next step
 _LOADING_SECONDS = 6.0  # imports, reading weights, saving
 _ACTIVATION_BYTES = 54  # a token, layer and unit of hidden width, kept for the backward pass of a Llama layer in bf16
 _SCORING_TOKENS = 8192

@@ -89,3 +89,17 @@ def test_estimating_needs_no_torch():
         "print(json.dumps([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules]))"
     )
     assert json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout) == []
+
+
+def test_the_plan_follows_the_last_stage_and_the_processes():
+    from tunegate.config import build_spec, profile_mapping
+    from tunegate.stages.plan import make_plan
+
+    def ppo(**layer):
+        plan = make_plan(build_spec(profile_mapping("demo"), layer))
+        return next(stage for stage in plan.stages if stage.stage == "ppo")
+
+    alone, grpo, dpo = ppo(), ppo(last_stage="grpo", ppo={"group_size": 4}), ppo(last_stage="dpo")
+    assert grpo.seconds > 2 * alone.seconds  # four responses to each prompt
+    assert grpo.what.startswith("GRPO: ") and dpo.what.startswith("DPO: ")
+    assert ppo(distributed={"processes": 3}).memory_bytes == 3 * alone.memory_bytes
