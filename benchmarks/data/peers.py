@@ -139,7 +139,13 @@ def _similar(a: list[frozenset[str]], b: list[frozenset[str]], limit: float) -> 
 def _figures(started: float, rows: int) -> dict:
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"rows": rows, "seconds": seconds, "rows_per_second": math.floor(rows / seconds), "peak_mib": round(peak)}
+    return {
+        "rows": rows,
+        "seconds": round(seconds, 2),
+        "cpu_seconds": round(time.process_time(), 2),
+        "rows_per_second": math.floor(rows / seconds),
+        "peak_mib": round(peak),
+    }
 
 
 if __name__ == "__main__":

@@ -287,14 +287,14 @@ def table(results: dict[str, Any]) -> str:
         f"`make bench-data` on {results['machine']['cores']} cores, synthetic pairs with known faults "
         f"(`synthetic.py`, seed {SEED}). Every measurement in its own process; memory is its peak resident set.",
         "",
-        "| what | rows | rows/s | seconds | peak memory | found |",
-        "|---|---:|---:|---:|---:|---|",
+        "| what | rows | rows/s | seconds | CPU seconds | peak memory | found |",
+        "|---|---:|---:|---:|---:|---:|---|",
     ]
 
     def line(name: str, f: dict[str, Any], found: str) -> None:
         lines.append(
-            f"| {name} | {f['rows']:,} | {f['rows_per_second']:,} | {f['seconds']:.1f} | {f['peak_mib']:,} MiB "
-            f"| {found} |"
+            f"| {name} | {f['rows']:,} | {f['rows_per_second']:,} | {f['seconds']:.1f} | {f['cpu_seconds']:.1f} "
+            f"| {f['peak_mib']:,} MiB | {found} |"
         )
 
     for f in results.get("gate", []):
