@@ -4,8 +4,8 @@
 
 writes `real_prompts.json` (the evaluation without its texts, once with the refusal classifier's labels and once with
 those of the plain string matcher) and `real_prompts.md` beside this file. The sets are not part of the repository;
-`--data` names the folder that holds them. Seeds are fixed, decoding is greedy. Bias questions are left out where there is no BBQ. Some
-ten minutes on two cores.
+`--data` names the folder that holds them; bias questions are left out where there is no BBQ. Seeds are fixed, decoding
+is greedy. Some ten minutes on two cores.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,7 +35,6 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("/tmp/tunegate-real-prompts"), help="answers are kept here")
     parser.add_argument("--out", type=Path, default=HERE, help="where the results go")
     arguments = parser.parse_args()
-    began = time.monotonic()
     model = arguments.work / "model"
     if not (model / "config.json").exists():
         resolve_model(ModelSpec(), model, observer=NullObserver())
@@ -69,7 +67,6 @@ def main() -> None:
         "model": "SmolLM2-135M-Instruct",
         "seed": SEED,
         "spec": spec.model_dump(mode="json", exclude={"bias": {"questions"}}),
-        "seconds": round(time.monotonic() - began),
         "evaluations": {name: lean(one) for name, one in found.items()},
     }
     (arguments.out / "real_prompts.json").write_text(json.dumps(content, indent=1) + "\n")
