@@ -57,8 +57,10 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 
 @pytest.fixture
-def uri(request: pytest.FixtureRequest) -> Iterator[str]:
+def uri(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A registry without models: a local store, or a server on PostgreSQL with S3."""
+    # A server that is killed refuses at once; one that only has to wait for a busy machine's cores gets its time.
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "200")
     kind = getattr(request, "param", os.environ.get(STORE_VARIABLE, "local"))
     store = request.getfixturevalue("local_store") if kind == "local" else request.getfixturevalue("service").uri
     yield store
