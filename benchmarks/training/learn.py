@@ -30,6 +30,7 @@ HH = ("helpful-base", "harmless-base")
 SEEDS = (1, 2, 3)
 SCORE_RANGE = (1.0, 5.0)  # of "overall" in the topical_chat scores
 LONGEST = 256  # tokens of prompt and response; a third of the pairs lose their oldest turns
+LONGEST_RATED = 1024  # so that every rated reply keeps its fact and its dialogue
 
 
 class Progress:
@@ -143,48 +144,26 @@ def topical_chat(shared: Path) -> list[Rating]:
 
 def learn_ratings(work: Path, shared: Path, stop: Callable[[], bool], arguments: argparse.Namespace) -> dict[str, Any]:
     """Pointwise reward models, five folds over the dialogues: no reply is scored by a model that saw its dialogue."""
-    from tunegate.training.reward import train_reward
     from tunegate.training.reward_evaluation import rating_figures
-    from tunegate.training.reward_model import RewardHead, RewardModel
+    from tunegate.training.reward_model import RewardHead
 
     ratings = topical_chat(shared)
     dialogues = sorted({rating.source for rating in ratings})
     order = np.random.default_rng(1).permutation(len(dialogues))
     fold_of = {dialogues[int(index)]: place % 5 for place, index in enumerate(order)}
-    predicted = np.full(len(ratings), np.nan)
-    by_fold, seconds = [], 0.0
+    folds = [[index for index, rating in enumerate(ratings) if fold_of[rating.source] == fold] for fold in range(5)]
     spec = RewardSpec(
         objective="pointwise",
         trunk=arguments.trunk,
         probe_first=arguments.trunk == "full",
         learning_rate=arguments.learning_rate,
         epochs=arguments.epochs,
-        max_length=LONGEST,
+        max_length=LONGEST_RATED,
     )
-    for fold in range(5):
-        inside = [rating for rating in ratings if fold_of[rating.source] != fold]
-        outside = [index for index, rating in enumerate(ratings) if fold_of[rating.source] == fold]
-        out = work / f"ratings-{arguments.name}-{fold}"
-        if not (out / "reward_head.json").is_file():
-            if stop():
-                raise TrainingStoppedError(f"stopped before fold {fold}", fix="start it again")
-            train_reward(
-                base_model(work),
-                [],
-                inside,
-                [],
-                [ratings[i] for i in outside],
-                out,
-                spec=spec,
-                seed=1 + fold,
-                observer=Progress(),
-            )
-        result = json.loads((out / "training.json").read_text())
-        seconds += result["seconds"]
-        by_fold.append(result["heldout"]["ratings"])
-        model = RewardModel.load(out)
-        scores = model.score([ratings[i].prompt for i in outside], [ratings[i].response for i in outside])
-        predicted[outside] = model.predicted_ratings(scores)
+    started = time.process_time()
+    score = _frozen_folds if arguments.trunk == "frozen" else _trained_folds
+    predicted = score(work, ratings, folds, spec, stop, arguments.name)
+    seconds = time.process_time() - started
     truth = np.array([rating.score for rating in ratings])
     pooled = rating_figures(predicted, truth, RewardHead())
     lengths = rating_figures(np.array([float(len(r.response)) for r in ratings]), truth, RewardHead())
@@ -196,10 +175,59 @@ def learn_ratings(work: Path, shared: Path, stop: Callable[[], bool], arguments:
         "mean_absolute_error": float(np.abs(predicted - truth).mean()),
         "mean_absolute_error_of_the_mean": constant,
         "length_alone": lengths.model_dump(mode="json"),
-        "folds": by_fold,
-        "seconds": seconds,
+        "processor_seconds": seconds,
         "n": len(ratings),
     }
+
+
+def _frozen_folds(
+    work: Path, ratings: list[Rating], folds: list[list[int]], spec: RewardSpec, stop: Callable[[], bool], name: str
+) -> np.ndarray:
+    """Predicted ratings by heads on the frozen trunk, whose features are the same in every fold."""
+    from tunegate.training.chat import Chat
+    from tunegate.training.models import init_score_head, load_sequence_scorer
+    from tunegate.training.reward_data import RatingScale, encode_ratings
+    from tunegate.training.reward_frozen import fit_head
+    from tunegate.training.reward_scores import item_features
+
+    del stop, name
+    base = base_model(work)
+    chat, model = Chat.load(base), load_sequence_scorer(base)
+    init_score_head(model, seed=1)
+    everything = encode_ratings(chat, ratings, LONGEST_RATED, RatingScale.fit(ratings)).items
+    assert len(everything) == len(ratings)
+    features = item_features(model, everything, chat.pad_id, Progress())
+    predicted = np.full(len(ratings), np.nan)
+    for number, outside in enumerate(folds):
+        inside = sorted(set(range(len(ratings))) - set(outside))
+        scale = RatingScale.fit([ratings[index] for index in inside])
+        items = encode_ratings(chat, [ratings[index] for index in inside], LONGEST_RATED, scale).items
+        head = fit_head(items, [features[index] for index in inside], spec, seed=1 + number)
+        raw = np.array([(features[index] @ head.weight_D)[0] for index in outside])
+        predicted[outside] = scale.mean + scale.scale * raw
+    return predicted
+
+
+def _trained_folds(
+    work: Path, ratings: list[Rating], folds: list[list[int]], spec: RewardSpec, stop: Callable[[], bool], name: str
+) -> np.ndarray:
+    """Predicted ratings by reward models trained in full, one a fold."""
+    from tunegate.training.reward import train_reward
+    from tunegate.training.reward_model import RewardModel
+
+    predicted = np.full(len(ratings), np.nan)
+    for number, outside in enumerate(folds):
+        inside = [rating for index, rating in enumerate(ratings) if index not in set(outside)]
+        out = work / f"ratings-{name}-{number}"
+        if not (out / "reward_head.json").is_file():
+            if stop():
+                raise TrainingStoppedError(f"stopped before fold {number}", fix="start it again")
+            held = [ratings[index] for index in outside]
+            train_reward(base_model(work), [], inside, [], held, out, spec=spec, seed=1 + number, observer=Progress())
+        model = RewardModel.load(out)
+        scores = model.score([ratings[i].prompt for i in outside], [ratings[i].response for i in outside])
+        predicted[outside] = model.predicted_ratings(scores)
+    return predicted
 
 
 def _within(predicted: np.ndarray, ratings: list[Rating], seed: int) -> dict[str, float]:

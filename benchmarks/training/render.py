@@ -38,28 +38,39 @@ SAME_ROWS = (("sft/ours-bf16", "sft/trl-bf16-padded"), ("reward/ours-bf16", "rew
 UNITS = {"update": ("s an update", True), "token": ("tokens/s", False), "pair": ("pairs/s", False)}
 
 
-def table(result: dict[str, Any]) -> str:
-    """The comparison as Markdown: rates, ratios by wall clock and by processor time, memory, share of the peak."""
+def table(result: dict[str, Any], *, busy: bool) -> str:
+    """The comparison as Markdown: rates, ratios, memory, share of the peak.
+
+    Args:
+        result: From `compare.py`.
+        busy: The machine did other work as well, so that wall-clock times say little: processor time alone is shown.
+    """
     jobs = result["jobs"]
-    lines = [
-        "| | Tunegate | TRL | ratio, best | ratio, median | ratio, processor time | memory, Tunegate | TRL | share of "
-        "peak |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
+    rate = "rate_cpu" if busy else "rate_best"
+    ratios = {"rate_best": "ratio, best", "rate_median": "ratio, median", "rate_cpu": "ratio, processor time"}
+    shown = ["rate_cpu"] if busy else list(ratios)
+    heads = ["", "Tunegate", "TRL", *(ratios[key] for key in shown), "memory, Tunegate", "TRL", "share of peak"]
+    lines = [f"| {' | '.join(heads)} |", "|---|" + "--:|" * (len(heads) - 1)]
     for name, label in NAMES.items():
         rivals = [jobs[peer] for peer in PEERS[name] if peer in jobs]
         if name not in jobs or not rivals:
             continue
         ours = jobs[name]
-        theirs = max(rivals, key=lambda job: float(job["rate_best"]))  # the better of packed and padded
+        theirs = max(rivals, key=lambda job: float(job[rate]))  # the better of packed and padded
         unit, inverse = UNITS[ours["unit"]]
-        rates = [1 / job["rate_best"] if inverse else job["rate_best"] for job in (ours, theirs)]
-        share = f"{ours['share_of_peak']:.0%}" if "share_of_peak" in ours else ""
-        lines.append(
-            f"| {label} | {rates[0]:.3g} {unit} | {rates[1]:.3g} | "
-            + " | ".join(f"{ours[key] / theirs[key]:.2f}" for key in ("rate_best", "rate_median", "rate_cpu"))
-            + f" | {ours['peak_bytes'] / 1e9:.1f} GB | {theirs['peak_bytes'] / 1e9:.1f} GB | {share} |"
-        )
+        if busy:
+            unit = unit.replace("s an", "processor-s an").replace("/s", "/processor-s")
+        rates = [1 / job[rate] if inverse else job[rate] for job in (ours, theirs)]
+        share = f"{ours['share_of_peak']:.0%}" if "share_of_peak" in ours and not busy else ""
+        cells = [
+            label,
+            f"{rates[0]:.3g} {unit}",
+            f"{rates[1]:.3g}",
+            *(f"{ours[key] / theirs[key]:.2f}" for key in shown),
+            *(f"{job['peak_bytes'] / 1e9:.1f} GB" for job in (ours, theirs)),
+            share,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -121,20 +132,21 @@ def _points(values: list[float]) -> list[tuple[float, float]]:
 def write(panels: list[Panel], path: Path) -> None:
     """Panels side by side in one file that needs no style sheet beside it."""
     style = files("tunegate.report").joinpath("assets/report.css").read_text()
-    width, height = 340, 168
+    width, height, gap = 340, 168, 64
     drawn = [
         tag(
             "g",
             tag("text", panel.title, x=4, y=14, style="font: 600 13px sans-serif; fill: var(--ink)"),
-            tag("svg", curve_panel(panel), x=0, y=20, width=width, height=height),
-            transform=f"translate({place * (width + 16)} 0)",
+            tag("svg", curve_panel(panel), x=0, y=20, width=width, height=height, overflow="visible"),
+            transform=f"translate({place * (width + gap)} 0)",
         )
         for place, panel in enumerate(panels)
     ]
-    whole = len(panels) * (width + 16)
+    whole = len(panels) * (width + gap)
     svg = tag(
         "svg",
-        tag("style", Markup(style.replace("<", ""))),
+        # Labels at the ends of curves may stand out of their panel.
+        tag("style", Markup(style.replace("<", "") + ".chart{overflow:visible}")),
         tag("rect", width="100%", height="100%", fill="var(--page)"),
         join(drawn),
         xmlns="http://www.w3.org/2000/svg",
@@ -153,6 +165,7 @@ def main() -> None:
     compare = commands.add_parser("compare")
     compare.add_argument("result", type=Path)
     compare.add_argument("images", type=Path)
+    compare.add_argument("--busy", action="store_true", help="other work ran beside it: show processor time alone")
     learn = commands.add_parser("learn")
     learn.add_argument("--reward", type=Path)
     learn.add_argument("--ppo", type=Path)
@@ -160,7 +173,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.command == "compare":
         result = read(given.result)
-        sys.stdout.write(table(result))
+        sys.stdout.write(table(result, busy=given.busy))
         compare_charts(result, given.images)
         return
     learn_charts(read(given.reward) if given.reward else None, read(given.ppo) if given.ppo else None, given.images)
