@@ -22,7 +22,7 @@ class Figures:
     Attributes:
         job: Name of the job, e.g. `ppo/ours-shared`.
         unit: What `units` counts: `update`, `token`, `pair`.
-        seconds: Wall-clock time of each timed step; the first step is left out as warm-up.
+        seconds: Wall-clock time of each timed step; the first step of SFT and reward model is left out as warm-up.
         cpu_seconds: Processor time of each timed step, over all threads: hardly touched by what else the machine does.
         units: Work of each timed step.
         losses: Training loss of every step, the first included.
@@ -79,7 +79,7 @@ class StepClock:
         self.cpu_marks.append(time.process_time())
 
     def into(self, figures: Figures) -> None:
-        """Write down the times of each step after the first."""
+        """Write down the times between the marks."""
         figures.seconds = [after - before for before, after in pairwise(self.marks)]
         figures.cpu_seconds = [after - before for before, after in pairwise(self.cpu_marks)]
 

@@ -34,8 +34,10 @@ _PPO_COMMON: dict[str, Any] = {
 class Watch:
     """An observer that takes the time at the end of every step, and keeps what the step reports."""
 
-    def __init__(self, marker: str, flops: Any) -> None:
+    def __init__(self, marker: str, flops: Any, *, start: str | None = None) -> None:
+        """Watch steps that report `marker`; with `start`, a metric of step 0, the first step is timed as well."""
         self.marker = marker
+        self.start = start
         self.flops = flops
         self.clock = StepClock()
         self.steps: list[dict[str, float]] = []
@@ -43,9 +45,12 @@ class Watch:
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Note a step."""
+        begins = step == 0 and self.start is not None and self.start in values
         if self.marker in values and step > 0:
-            self.clock.tick()
             self.steps.append(dict(values))
+            begins = True
+        if begins:
+            self.clock.tick()
             self.counts.append(float(self.flops.get_total_flops()) if self.flops is not None else 0.0)
 
     def progress(self, done: float, total: float, unit: str, label: str = "") -> None:
@@ -105,7 +110,7 @@ def run_ppo(variant: str, work: Path, sizes: Sizes, scratch: Path, flops: Any) -
     precision = "fp32" if variant == "like" else "bf16"
     records = [Prompt(id=r["id"], messages=r["messages"]) for r in read(work / "prompts-records.json")]
     spec = ppo_spec(variant, sizes)
-    watch = Watch("ppo/reward", flops)
+    watch = Watch("ppo/reward", flops, start="ppo/heldout/reward")
     result = train_ppo(
         work / f"policy-{precision}",
         work / f"reward-{precision}",
@@ -117,7 +122,7 @@ def run_ppo(variant: str, work: Path, sizes: Sizes, scratch: Path, flops: Any) -
         observer=watch,
     )
     figures = watch.into(Figures(job="", unit="update", settings=spec.model_dump(mode="json")))
-    figures.units = [1.0] * (len(watch.steps) - 1)
+    figures.units = [1.0] * len(watch.steps)
     figures.losses = watch.series("ppo/policy_loss")
     figures.scores = watch.series("ppo/score")
     figures.kl = watch.series("ppo/kl")

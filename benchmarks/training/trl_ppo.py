@@ -35,6 +35,10 @@ class Watch(TrainerCallback):
         if logs and "objective/kl" in logs:
             self.logs.append(dict(logs))
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Models are loaded: the first update is timed as well."""
+        self.clock.tick()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """An update has ended."""
         self.clock.tick()
@@ -112,7 +116,7 @@ def main() -> None:
     figures.losses = watch.series("loss/policy_avg")
     figures.scores = watch.series("objective/scores")
     figures.kl = watch.series("objective/kl")
-    figures.tokens = sum(trained) / max(1, len(watch.clock.marks))
+    figures.tokens = sum(trained) / max(1, len(watch.logs))
     figures.write(given.out)
 
 
