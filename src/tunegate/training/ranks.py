@@ -69,6 +69,8 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     if world()[1] == 1:
         return
     trained = [parameter for parameter in parameters if parameter.requires_grad]
+    if not trained:  # every rank steps its own parts of all of them
+        return
     for parameter in trained:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
