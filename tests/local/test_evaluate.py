@@ -4,6 +4,7 @@ import shutil
 
 import pyarrow.parquet as pq
 import pytest
+from workspaces import make_workspace
 
 from tunegate.storage.manifest import verify
 
@@ -11,8 +12,6 @@ from tunegate.storage.manifest import verify
 @pytest.fixture(scope="module")
 def copied(smoke, tmp_path_factory):
     """A copy of the finished smoke run's workspace, which these tests may add runs to."""
-    from conftest import make_workspace
-
     original, result = smoke
     assert result.code == 0, result.err
     folder = tmp_path_factory.mktemp("evaluate")

@@ -62,7 +62,7 @@ def test_every_part_is_there(card):
     assert "| sft: own | s3://bucket/own.jsonl | 100 | – | – | 10 held out |" in text
     assert "| sft: sft | starter:sft.jsonl | 240 | apache-2.0 | – | 40 held out |" in text
     assert "### sft: full" in text
-    assert "| `learning_rate` | 0.0001 |" in text
+    assert f"| `learning_rate` | {profile_mapping('demo')['sft']['learning_rate']} |" in text
     assert "| `heldout/nll_after` | 1.8 |" in text
     assert "| Violations | 8.0% | 5.0% to 12.0% | 400 | 20.0% | PROMOTE |" in text
     assert "| Likelihood | 2.1 | – | 50 |" in text

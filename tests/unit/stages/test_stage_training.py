@@ -87,7 +87,7 @@ def test_a_pod_that_must_go_leaves_a_checkpoint_for_the_next(tmp_path, monkeypat
     record = run.read_stage("sft")
     assert (record.status, record.exit_code) == ("interrupted", 75)
     assert "step 4" in record.error
-    assert _settle([record], "FAILED")["status"] == "interrupted"
+    assert _settle("instruction-tuning", [record], "FAILED")["status"] == "interrupted"
     assert any(key.endswith("step-00000004/manifest.json") for key in run.store.keys("runs/broken/checkpoints/sft"))
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
