@@ -8,7 +8,8 @@ Shape suffixes: N responses, D hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,7 @@ from tunegate.training.reward_losses import pairwise_loss, pointwise_loss, sign_
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 _FOLDS = 5
 _LARGE = 4000  # items beyond which one split replaces the five folds
+_WORTH_THREADS = 2**22  # features (N x D) beyond which a product is large enough to share among threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,16 @@ def fit_head(items: Sequence[Item], features: Sequence[np.ndarray], spec: Reward
     # Standardised features without their component along the mean: a head on them scores the mean feature 0.
     scaled = [(own - mean_D) / spread_D for own in features]
     scaled = [own - np.outer(own @ direction_D, direction_D) for own in scaled]
-    folds = _folds(items, seed)
+    with _one_thread(stacked_ND.size):
+        ridge, weight_D, loss = _best(items, scaled, _folds(items, seed), spec)
+    weight_D = weight_D - (weight_D @ direction_D) * direction_D
+    return FittedHead(weight_D / spread_D, ridge, loss)
+
+
+def _best(
+    items: Sequence[Item], scaled: Sequence[np.ndarray], folds: np.ndarray, spec: RewardSpec
+) -> tuple[float, np.ndarray, float]:
+    """The ridge with the smallest loss on items left out, the head fitted with it to all, and its loss."""
     losses = []
     for ridge in RIDGES:
         total = 0.0
@@ -64,9 +75,22 @@ def fit_head(items: Sequence[Item], features: Sequence[np.ndarray], spec: Reward
     ridge = RIDGES[int(np.argmin(losses))]
     problem = _Problem(items, scaled, range(len(items)), spec)
     weight_D = _solve(problem, ridge)
-    loss = problem.value(weight_D)
-    weight_D = weight_D - (weight_D @ direction_D) * direction_D
-    return FittedHead(weight_D / spread_D, ridge, loss)
+    return ridge, weight_D, problem.value(weight_D)
+
+
+@contextmanager
+def _one_thread(values: int) -> Iterator[None]:
+    """Compute with one thread while there are few features: handing out thousands of tiny products costs more.
+
+    Args:
+        values: Features in all, N x D.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if values < _WORTH_THREADS else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Problem:
