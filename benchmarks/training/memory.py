@@ -1,7 +1,9 @@
-"""Peak memory of each training stage against what `tunegate plan` says: python benchmarks/training/memory.py OUT.json
+"""Peak memory of each training stage against what `tunegate plan` says.
 
-Each stage trains SmolLM2-135M-Instruct (or --model FOLDER) for a few steps in a process of its own, on random words that
-fill its microbatches, with its defaults but for the sizes below.
+    python benchmarks/training/memory.py OUT.json
+
+Each stage trains SmolLM2-135M-Instruct (or --model FOLDER) for a few steps in a process of its own, on random words
+that fill its microbatches, with its defaults but for the sizes below.
 """
 
 from __future__ import annotations
@@ -14,7 +16,24 @@ import sys
 import tempfile
 from pathlib import Path
 
-WORDS = "river stone green walk under seven bright table often music north apple quiet train paper winter".split()
+WORDS = (
+    "river",
+    "stone",
+    "green",
+    "walk",
+    "under",
+    "seven",
+    "bright",
+    "table",
+    "often",
+    "music",
+    "north",
+    "apple",
+    "quiet",
+    "train",
+    "paper",
+    "winter",
+)
 CASES = {
     "sft-full": {},
     "sft-lora": {"method": "lora"},
