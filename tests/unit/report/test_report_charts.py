@@ -1,6 +1,7 @@
 """The charts: valid XML, the right places, direct labels."""
 
 import math
+import re
 import xml.etree.ElementTree as ET
 from itertools import pairwise
 
@@ -249,7 +250,12 @@ def test_curve_panel_shows_raw_and_smoothed_and_the_last_value():
     ],
 )
 def test_curve_panel_survives_odd_series(points):
-    parse(curves.curve_panel(Panel(EVIL, [Series(EVIL, points)])))
+    root = parse(curves.curve_panel(Panel(EVIL, [Series(EVIL, points)])))
+    assert all_of(root, "script") == []
+    finite = any(math.isfinite(y) for _, y in points)
+    assert ("alert" in root.get("data-series")) if finite else root.get("data-series") is None
+    drawn = [float(number) for line in all_of(root, "path") for number in re.findall(r"-?[\d.]+", line.get("d"))]
+    assert all(math.isfinite(number) and abs(number) < 1e5 for number in drawn)
 
 
 def test_a_single_spike_does_not_flatten_the_curve():
@@ -289,8 +295,10 @@ def test_timeline_places_stages_by_their_start():
 
 
 def test_timeline_without_stages_or_times():
-    parse(diagrams.timeline([]))
-    parse(diagrams.timeline([StageRecord(stage="x", status="running", started="not a time")]))
+    assert all_of(parse(diagrams.timeline([])), "rect", **{"class": "span"}) == []
+    root = parse(diagrams.timeline([StageRecord(stage="x", status="running", started="not a time")]))
+    (span,) = all_of(root, "rect", **{"class": "span"})
+    assert math.isfinite(at(span, "x")) and at(span, "width") >= 0 and "x" in words(root)
 
 
 def test_lineage_runs_from_left_to_right():
@@ -307,5 +315,5 @@ def test_lineage_runs_from_left_to_right():
 
 def test_lineage_with_a_cycle_or_nothing_ends():
     nodes = [LineageNode("a", "model", ""), LineageNode("b", "model", "")]
-    parse(diagrams.lineage_graph(Lineage(nodes, [("a", "b"), ("b", "a")])))
-    parse(diagrams.lineage_graph(Lineage([], [])))
+    assert len(all_of(parse(diagrams.lineage_graph(Lineage(nodes, [("a", "b"), ("b", "a")]))), "rect")) == 2
+    assert all_of(parse(diagrams.lineage_graph(Lineage([], []))), "rect") == []

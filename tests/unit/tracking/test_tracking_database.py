@@ -64,8 +64,10 @@ def test_a_store_that_exists_is_left_alone(store_uri):
     assert path.read_bytes() == before
 
 
-def test_other_uris_need_no_preparation():
-    prepare_database("http://127.0.0.1:1")
+def test_other_uris_need_no_preparation(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prepare_database("http://127.0.0.1:1")  # nothing listens there: a call would raise
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -123,7 +124,7 @@ def is_chat_turn() -> pl.Expr:
     return pl.col("number") < _RESPONSES_FROM
 
 
-class Check:
+class Check(ABC):
     """One check of the gate: looks at every batch, then says what it found.
 
     The state that `observe` gathers from disjoint parts of a dataset can be joined by `merge`, in the order of the
@@ -160,9 +161,9 @@ class Check:
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in self.own}
 
+    @abstractmethod
     def observe(self, batch: Batch) -> None:
         """Look at a batch."""
-        raise NotImplementedError
 
     def merge(self, other: Self) -> None:
         """Add what the same check has gathered from another part of the dataset."""
