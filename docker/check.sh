@@ -4,6 +4,8 @@
 #
 #   BASE=python:3.11-slim-bookworm docker/check.sh     # that base instead of one built here
 #   KEEP=1 docker/check.sh                             # leave image, daemon and work folder behind
+#
+# Exit status: 0 passed, 1 the image is not right, 77 Docker or a base image cannot be had on this machine.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 ROOT=$PWD
@@ -14,6 +16,7 @@ STARTED=
 
 say() { printf '\n== %s\n' "$*"; }
 fail() { printf 'FAILED: %s\n' "$*" >&2; exit 1; }
+unable() { printf 'NOT CHECKED: %s\n' "$*" >&2; exit 77; }
 
 finish() {
     status=$?
@@ -27,9 +30,9 @@ trap finish EXIT
 
 # Docker ------------------------------------------------------------------------------------------------------------
 need_packages() {
-    [ "$(id -u)" = 0 ] || fail "$* missing: install them, or run as root"
-    apt-get update -qq
-    DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends "$@" >/dev/null
+    [ "$(id -u)" = 0 ] || unable "$* missing: install them, or run as root"
+    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends "$@" \
+        >/dev/null || unable "$* cannot be installed"
 }
 
 start_docker() {
@@ -42,29 +45,29 @@ start_docker() {
     STARTED=$!
     for _ in $(seq 60); do
         if docker info >/dev/null 2>&1; then return; fi
-        kill -0 "$STARTED" 2>/dev/null || { tail -5 "$WORK/dockerd.log" >&2; fail "dockerd ended"; }
+        kill -0 "$STARTED" 2>/dev/null || { tail -5 "$WORK/dockerd.log" >&2; unable "dockerd ended"; }
         sleep 1
     done
     tail -5 "$WORK/dockerd.log" >&2
-    fail "dockerd does not answer"
+    unable "dockerd does not answer"
 }
 
 # The Dockerfile needs BuildKit: as a plugin of new clients, built into Debian's.
 client() {
     if docker buildx version >/dev/null 2>&1; then echo docker
     elif [ -x /usr/bin/docker ]; then echo /usr/bin/docker
-    else fail "this docker has no BuildKit: install docker-buildx-plugin or Debian's docker.io"; fi
+    else unable "this docker has no BuildKit: install docker-buildx-plugin or Debian's docker.io"; fi
 }
 
 # Base --------------------------------------------------------------------------------------------------------------
 build_base() {
     command -v debootstrap >/dev/null || need_packages debootstrap
-    [ "$(id -u)" = 0 ] || fail "debootstrap needs root; give BASE=python:3.11-slim-bookworm instead"
+    [ "$(id -u)" = 0 ] || unable "debootstrap needs root; give BASE=python:3.11-slim-bookworm instead"
     # shellcheck source=/dev/null
     suite=$(. /etc/os-release && echo "$VERSION_CODENAME")
     mirror=$(apt-get indextargets --format '$(REPO_URI)' "Codename: $suite" "Component: main" | head -1)
     debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates "$suite" "$WORK/base" "$mirror" \
-        >"$WORK/debootstrap.log" || { tail -5 "$WORK/debootstrap.log" >&2; fail "debootstrap"; }
+        >"$WORK/debootstrap.log" || { tail -5 "$WORK/debootstrap.log" >&2; unable "debootstrap"; }
     rm -rf "$WORK"/base/var/cache/apt/archives/*.deb "$WORK"/base/var/lib/apt/lists/* "$WORK"/base/usr/share/doc \
         "$WORK"/base/usr/share/man "$WORK"/base/usr/share/locale
     tar -C "$WORK/base" -c . | docker import - tunegate-check:base >/dev/null
@@ -73,6 +76,7 @@ build_base() {
 
 say "Docker"
 start_docker
+CLIENT=$(client)
 docker version --format 'server {{.Server.Version}}, client {{.Client.Version}}'
 
 if [ -z "${BASE:-}" ]; then
@@ -94,7 +98,7 @@ du -sh docker/wheels | cut -f1
 
 say "Build"
 build() {
-    DOCKER_BUILDKIT=1 nice "$(client)" build --quiet --network none --file docker/Dockerfile --target "$1" \
+    DOCKER_BUILDKIT=1 nice "$CLIENT" build --quiet --network none --file docker/Dockerfile --target "$1" \
         --build-arg BASE="$BASE" --build-arg CUDA_BASE="$BASE" --build-arg PIP_NO_INDEX=1 \
         --build-arg TORCH_INDEX_URL= --build-arg VERSION="$(.venv/bin/python -c 'import tunegate; print(tunegate.__version__)')" \
         --build-arg REVISION="$(git rev-parse HEAD 2>/dev/null || echo unknown)" --tag "$2" .

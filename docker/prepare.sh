@@ -1,7 +1,7 @@
 #!/bin/sh
 # Runs inside the build stages of docker/Dockerfile; POSIX sh, since the bases promise no more.
 #
-#   prepare.sh environment [INDEX]   /opt/tunegate with everything that constraints.txt pins
+#   prepare.sh environment [INDEX]   /opt/tunegate with everything that constraints*.txt pin
 #   prepare.sh project [EXTRAS]      the project itself, the SBOM, and what the final image needs besides, in /image
 #
 # Wheels that lie in /wheels are preferred; PIP_NO_INDEX=1 takes nothing else.
@@ -28,7 +28,8 @@ environment() {
         into "$TARGET/bin/python3" --extra-index-url "$1" "$(grep '^torch==' /build/constraints.txt)" \
             --constraint /build/constraints.txt
     fi
-    into "$TARGET/bin/python3" --requirement /build/constraints.txt
+    # shellcheck disable=SC2046 - the words are wanted
+    into "$TARGET/bin/python3" $(printf -- '--requirement %s ' /build/constraints*.txt)
 }
 
 project() {

@@ -16,8 +16,6 @@ from tunegate.errors import ModelError
 if TYPE_CHECKING:
     from tunegate.data.records import Messages
 
-ALIASES = ("candidate", "champion", "previous_champion")
-
 
 @app.command()
 def chat(
@@ -25,7 +23,7 @@ def chat(
         str,
         typer.Argument(
             metavar="MODEL_OR_ALIAS",
-            help="A model folder, a run (its PPO model), champion, candidate, or NAME@ALIAS of the registry.",
+            help="A model folder or s3:// prefix, a run (its last model), champion, candidate, or NAME@ALIAS.",
         ),
     ] = "candidate",
     message: Annotated[str | None, typer.Option("--message", "-m", help="Ask this one thing and leave.")] = None,
@@ -73,23 +71,24 @@ def locate_model(name: str, root: str, scratch: Path) -> Path:
     Args:
         name: As given by the person.
         root: Storage root with the runs and the local registry.
-        scratch: Where a registered model is downloaded to, if it is not here.
+        scratch: Where a model is brought to that is not here.
 
     Raises:
         ModelError: Nothing goes by that name.
     """
     if (Path(name) / "config.json").is_file():
         return Path(name)
-    from tunegate.storage.runs import RunStore, list_runs
-
-    for record in list_runs(root):
-        if record.run_id == name:
-            stage = RunStore(root, name).read_stage("ppo")
-            if stage is None or "model" not in stage.outputs:
-                raise ModelError("the run has no PPO model", key="MODEL", value=name, fix=f"tunegate show {name}")
-            return Path(stage.outputs["model"].uri)
     from tunegate.cli.models import download_alias
+    from tunegate.registry.names import ALIASES
+    from tunegate.stages.fetch import model_of_run
+    from tunegate.storage.stores import bring_tree
 
+    uri = name if name.startswith("s3://") else model_of_run(root, name)
+    if uri is not None and not uri.startswith("s3://"):
+        return Path(uri)
+    if uri is not None:
+        bring_tree(uri, scratch / "model")
+        return scratch / "model"
     found = download_alias(name, root, scratch)
     if found is None:
         raise ModelError(

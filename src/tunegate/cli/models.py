@@ -267,8 +267,8 @@ def download_alias(name: str, root: str, scratch: Path) -> Path | None:
 
     A bare alias is looked up in the model of the newest run.
     """
-    from tunegate.cli.chat import ALIASES
     from tunegate.errors import RegistryError
+    from tunegate.registry.names import ALIASES
     from tunegate.registry.registry import fetch
     from tunegate.storage.runs import list_runs
 

@@ -11,9 +11,8 @@ from tunegate.errors import ModelError
 from tunegate.stages.context import Outcome, Output, StageContext, mark_absent, run_stage
 from tunegate.storage.manifest import MANIFEST_NAME
 from tunegate.storage.runs import RunStore, list_runs
-from tunegate.storage.stores import link_tree, open_store
+from tunegate.storage.stores import bring_tree, open_store
 
-ALIASES = ("candidate", "champion", "previous_champion")
 NONE = "none"
 """Given in place of a model: do without one."""
 
@@ -123,16 +122,16 @@ def bring(name: str, out: Path, context: StageContext, *, texts: Iterable[str] =
     if not name:
         raise ModelError("there is no model to evaluate", key="model", value=name, fix="name one")
     registered, separator, which = name.partition("@")
-    if name in ALIASES:
+    if name in names.ALIASES:
         registered, separator, which = context.spec.registry.model_name, "@", name
     if separator and not Path(name).exists():
         version = download_model(context.tracking_uri, registered, which, out)
         return Fetched(f"{registered} version {version.number}", version.tags.get(names.TAG_RUN_ID))
-    if (uri := _of_run(name, "candidate", context)) is not None:
-        _copy(uri, out)
+    if (uri := _of_another_run(name, "candidate", context)) is not None:
+        bring_tree(uri, out)
         return Fetched(f"model of run {name}", name)
     if _is_artifact(name):
-        _copy(name, out)
+        bring_tree(name, out)
         return Fetched(name)
     source = ModelSpec(**{**context.spec.model.model_dump(), "source": name, "revision": _revision(name, context)})
     facts = resolve_model(source, out, texts=texts, seed=context.spec.stage_seed("ingest"), observer=context.observer)
@@ -149,9 +148,9 @@ def _companion(name: str, given: str, found: Fetched, out: Path, context: StageC
         mark_absent(out, f"{name} is {NONE}")
         return ""
     where = given or found.run_id or ""
-    uri = _of_run(where, name, context) if where else None
+    uri = _of_another_run(where, name, context) if where else None
     if uri is not None:
-        _copy(uri, out)
+        bring_tree(uri, out)
         return f"of run {where}"
     if not given:
         mark_absent(out, f"no {name} was given, and the model's own run has none here")
@@ -163,14 +162,23 @@ def _companion(name: str, given: str, found: Fetched, out: Path, context: StageC
             value=given,
             fix="give its folder, an s3:// prefix, or the id of the run that trained it",
         )
-    _copy(given, out)
+    bring_tree(given, out)
     return given
 
 
-def _of_run(run_id: str, role: str, context: StageContext) -> str | None:
-    """Where the run's model of a role lies; None when there is no such run or it made none."""
-    root = context.spec.storage.root
-    if run_id == context.run.run_id or run_id not in {record.run_id for record in list_runs(root)}:
+def _of_another_run(run_id: str, role: str, context: StageContext) -> str | None:
+    return None if run_id == context.run.run_id else model_of_run(context.spec.storage.root, run_id, role)
+
+
+def model_of_run(root: str, run_id: str, role: str = "candidate") -> str | None:
+    """Where the model lies that a run made for a role; None when there is no such run or it made none.
+
+    Args:
+        root: The storage root.
+        run_id: The run.
+        role: `candidate`, `sft_model`, `reward` or `judge`.
+    """
+    if run_id not in {record.run_id for record in list_runs(root)}:
         return None
     store = RunStore(root, run_id)
     for stage, output in _OUTPUTS[role]:
@@ -185,14 +193,6 @@ def _is_artifact(uri: str) -> bool:
     if uri.startswith("s3://"):
         return open_store(uri).get(MANIFEST_NAME) is not None
     return (Path(uri) / MANIFEST_NAME).is_file()
-
-
-def _copy(uri: str, out: Path) -> None:
-    if uri.startswith("s3://"):
-        parent, _, key = uri.rstrip("/").rpartition("/")
-        open_store(parent).get_tree(key, out)
-    else:
-        link_tree(Path(uri), out)
 
 
 def _texts(dataset: Path) -> Iterator[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -231,13 +231,29 @@ class S3Store:
         else:  # a manifest of another kind, a checkpoint's: the digests that the objects carry are checked
             found = ((f.key[len(base) + 1 :], f.size) for f in self.bucket.objects(f"{base}/"))
             files = [(name, None, size) for name, size in found if name != MANIFEST_NAME]
-        for name, _, _ in files:
-            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-                raise StorageError("a file of the artifact lies outside of it", key=f"{self.uri}/{key}", value=name)
+        self._inside(key, [name for name, _, _ in files])
         (folder / MANIFEST_NAME).unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         self.bucket.download_all((f"{base}/{name}", folder / name, sha256, size) for name, sha256, size in files)
         (folder / MANIFEST_NAME).write_bytes(data)
+
+    def get_files(self, key: str, folder: Path) -> int:
+        """Fetch all objects under a key that nobody sealed as an artifact, side by side and in parts.
+
+        Returns:
+            How many there were.
+        """
+        base = self.key(key)
+        found = [(entry.key[len(base) + 1 :], entry.size) for entry in self.bucket.objects(f"{base}/")]
+        files = [(name, size) for name, size in found if name and not name.endswith("/")]  # consoles make "folders"
+        self._inside(key, [name for name, _ in files])
+        self.bucket.download_all((f"{base}/{name}", folder / name, None, size) for name, size in files)
+        return len(files)
+
+    def _inside(self, key: str, names: Iterable[str]) -> None:
+        for name in names:
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise StorageError("a file of the artifact lies outside of it", key=f"{self.uri}/{key}", value=name)
 
     def remove(self, key: str, *, last: str = "") -> None:
         """See `Store.remove`."""
@@ -264,3 +280,16 @@ def _same(there: bytes, here: bytes) -> bool:
 def open_store(root: str) -> Store:
     """The store at `root`: a folder, or `s3://bucket/prefix`."""
     return S3Store(root) if root.startswith("s3://") else LocalStore(Path(root))
+
+
+def bring_tree(uri: str, folder: Path) -> None:
+    """Put the artifact at a place (a folder, or an `s3://` prefix) into a folder: linked, or fetched and checked.
+
+    Raises:
+        StorageError: There is no whole artifact.
+    """
+    if uri.startswith("s3://"):
+        parent, _, key = uri.rstrip("/").rpartition("/")
+        open_store(parent).get_tree(key, folder)
+    else:
+        link_tree(Path(uri), folder)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from tunegate.errors import ModelError, SpecError
 from tunegate.observer import NullObserver, Observer
+from tunegate.training.accumulation import use_direct_gradients
 from tunegate.training.attention import register
 from tunegate.training.batching import Batch, visible_keys
 from tunegate.training.chat import PLAIN_TEMPLATE, Chat
@@ -302,6 +303,7 @@ def _load(
     if device.type == "cpu":
         reuse_memory()
         use_fast_norms(model)
+        use_direct_gradients(model)
     return model.to(device).eval()
 
 
@@ -461,7 +463,7 @@ def _pretrained(source: Path | str, revision: str | None) -> tuple[Any, Any]:
 
 def _s3_model(source: str) -> tuple[Any, Any]:
     from tunegate.storage.manifest import MANIFEST_NAME
-    from tunegate.storage.stores import open_store
+    from tunegate.storage.stores import S3Store
 
     root, _, name = source.rstrip("/").rpartition("/")
     if not name or root == "s3:/":
@@ -471,18 +473,12 @@ def _s3_model(source: str) -> tuple[Any, Any]:
             value=source,
             fix="s3://bucket/path/to/model",
         )
-    store = open_store(root)
-    names = list(store.keys(f"{name}/"))
-    if not names:
-        raise ModelError("there is nothing under this prefix", key="model.source", value=source, fix="check the URI")
+    store = S3Store(root)
     with tempfile.TemporaryDirectory() as folder:
-        if f"{name}/{MANIFEST_NAME}" in names:  # written by Tunegate: files are streamed
+        if store.get(f"{name}/{MANIFEST_NAME}") is not None:  # written by Tunegate: every digest is known
             store.get_tree(name, Path(folder))
-        else:
-            for key in names:
-                target = Path(folder) / key.removeprefix(f"{name}/")
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(store.get(key) or b"")
+        elif not store.get_files(name, Path(folder)):
+            raise ModelError("there is nothing under this prefix", key="model.source", value=source, fix="check it")
         return _pretrained(Path(folder), None)
 
 

@@ -171,7 +171,7 @@ class Check(ABC):
         for kind, parts in other._found.items():
             self._found.setdefault(kind, []).extend(parts)
 
-    def finish(self) -> None:
+    def finish(self) -> None:  # noqa: B027 - a check of rows has nothing left to judge
         """Judge, after the last batch."""
 
     def add(self, kind: Kind, found: pl.DataFrame) -> None:
