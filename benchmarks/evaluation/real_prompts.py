@@ -45,7 +45,7 @@ def main() -> None:
         everyday_prompts=100,
         decoding={"max_new_tokens": 64},
         attacks={"names": ("prefix", "refusal_suppression"), "prompts": 100},
-        bias={"questions": questions, "questions_per_template": 4},
+        bias={"questions": questions, "questions_per_template": 16},
         samples_per_tag=0,
     )
     found = {}
