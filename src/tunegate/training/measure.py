@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import resource
 import sys
 from functools import cache
@@ -10,6 +11,8 @@ from functools import cache
 import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # parameters of mallopt(3)
+_MADV_HUGEPAGE = 14  # advice of madvise(2)
+_HUGE_PAGE = 2 << 20
 
 
 def peak_memory_bytes() -> int:
@@ -30,7 +33,8 @@ def reuse_memory() -> None:
     library = _glibc()
     if library is not None:
         library.mallopt(_M_MMAP_MAX, 0)  # no block comes from fresh pages of its own
-        library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)  # the heap does not shrink by itself
+        library.mallopt(_M_TRIM_THRESHOLD, -1)  # the heap does not shrink by itself
+        _want_huge_pages(library)
 
 
 def release_memory() -> None:
@@ -40,9 +44,30 @@ def release_memory() -> None:
         library.malloc_trim(0)
 
 
+def _want_huge_pages(library: ctypes.CDLL) -> None:
+    """Ask for pages of 2 MB under the heap that is still to come, half of the machine's memory at most.
+
+    A block is taken and freed without being written to, so it costs address space alone; it stays the heap's end.
+    """
+    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    while size > 64 * _HUGE_PAGE:
+        block = library.malloc(ctypes.c_size_t(size))
+        if block:
+            first = -(-block // _HUGE_PAGE) * _HUGE_PAGE
+            library.madvise(
+                ctypes.c_void_p(first),
+                ctypes.c_size_t((block + size - first) // _HUGE_PAGE * _HUGE_PAGE),
+                _MADV_HUGEPAGE,
+            )
+            library.free(ctypes.c_void_p(block))
+            return
+        size //= 2
+
+
 @cache
 def _glibc() -> ctypes.CDLL | None:
     if not sys.platform.startswith("linux") or torch.cuda.is_available():
         return None
     library = ctypes.CDLL(None)
+    library.malloc.restype = ctypes.c_void_p
     return library if hasattr(library, "malloc_trim") and hasattr(library, "mallopt") else None
