@@ -182,10 +182,12 @@ def ppo_update(
             # The denominator of every mean: tokens of the whole minibatch on all ranks.
             tokens = float(sum_over_ranks(rollout.lengths_B[rows].sum()))
             sums = torch.zeros(3, device=rollout.mask_BT.device)
-            value_sums = {name: torch.zeros((), device=rollout.mask_BT.device) for name in learners}
             parts = token_budget_batches([rollout.row_lengths[row] for row in rows], spec.microbatch_tokens)
-            for part, weight in in_step(parts, parts[0], needed=in_lockstep):
-                micro = [rows[place] for place in part]
+            micros = [
+                ([rows[place] for place in part], weight)
+                for part, weight in in_step(parts, parts[0], needed=in_lockstep)
+            ]
+            for micro, weight in micros:
                 batch = rollout.batch(micro, policy.chat.pad_id)
                 hidden_ND = batch.predictors(policy.hidden(batch.batch, rollout.stem(micro)))
                 entropy = torch.zeros((), device=hidden_ND.device)
@@ -207,17 +209,6 @@ def ppo_update(
                 if spec.kl.placement == "loss":
                     reference_N = rollout.valid(rollout.reference_logprobs_BT, micro)
                     loss = loss + beta * kl_estimate(logprobs_N, reference_N, "k2").sum() / tokens
-                for name, learner in learners.items():
-                    signal = rollout.signals[name]
-                    critic_loss = value_loss(
-                        learner.critic.values(batch, signal.features_of(micro)),
-                        rollout.valid(signal.values_BT, micro),
-                        rollout.valid(signal.returns_BT, micro),
-                        clip=spec.value_clip,
-                        tokens=tokens,
-                    )
-                    loss = loss + spec.value_coefficient * critic_loss
-                    value_sums[name] += weight * critic_loss.detach()
                 (weight * loss).backward()  # type: ignore[no-untyped-call]
                 sums += weight * torch.stack([surrogate.loss.detach(), surrogate.clipped, surrogate.divergence])
             loss_sum, clipped, divergence = sum_over_ranks(sums).tolist()
@@ -225,15 +216,26 @@ def ppo_update(
             if spec.kl.early_stop is not None and divergence > EARLY_STOP_FACTOR * spec.kl.early_stop:
                 # The figure is a sum over ranks, so every rank stops at the same step.
                 figures.stopped_early = True
-                for optimizer in (policy_optimizer, *(learner.optimizer for learner in learners.values())):
-                    optimizer.zero_grad()
+                policy_optimizer.zero_grad()
                 return _mean(figures, steps)
             report = policy_optimizer.step()  # sums over ranks, clips, skips what is not finite
             figures.skipped += report.skipped
+            # No trained weight is shared, so one after the other: only one's activations and gradients are held.
             for name, learner in learners.items():
-                value_report = learner.optimizer.step()
-                figures.value_norm[name] += value_report.gradient_norm
-                figures.value_loss[name] += float(sum_over_ranks(value_sums[name]))
+                signal = rollout.signals[name]
+                value_sum = torch.zeros((), device=rollout.mask_BT.device)
+                for micro, weight in micros:
+                    critic_loss = value_loss(
+                        learner.critic.values(rollout.batch(micro, policy.chat.pad_id), signal.features_of(micro)),
+                        rollout.valid(signal.values_BT, micro),
+                        rollout.valid(signal.returns_BT, micro),
+                        clip=spec.value_clip,
+                        tokens=tokens,
+                    )
+                    (weight * spec.value_coefficient * critic_loss).backward()  # type: ignore[no-untyped-call]
+                    value_sum += weight * critic_loss.detach()
+                figures.value_norm[name] += learner.optimizer.step().gradient_norm
+                figures.value_loss[name] += float(sum_over_ranks(value_sum))
             steps += 1
             figures.policy_loss += loss_sum
             figures.clip_fraction += clipped
