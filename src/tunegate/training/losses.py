@@ -15,13 +15,17 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tunegate.training.accumulation import add_product, takes_directly
 from tunegate.training.batching import chunks
 from tunegate.training.cross_entropy import chunk_rows
 from tunegate.training.kl import LOG_RATIO_LIMIT, kl_estimate
 from tunegate.training.models import head_of
+
+KEPT_BYTES = 64 << 20
+"""Most memory for the probabilities of a microbatch that are kept for its gradient."""
 
 # -- log-probabilities --------------------------------------------------------------------------------------------
 
@@ -75,7 +79,8 @@ def token_logprobs(hidden_ND: Tensor, head: Head, tokens_N: Tensor, temperature:
     """Find log pi of given tokens, at the sampling temperature, in fp32, [N].
 
     The logits never exist for more than a chunk of positions. Where the head is frozen the gradient with respect to
-    the hidden states is computed with the forward pass, so nothing of vocabulary size is kept or computed twice.
+    the hidden states is computed with the forward pass, so nothing of vocabulary size is kept or computed twice. Where
+    it is trained in fp32, the probabilities of up to `KEPT_BYTES` are kept, and not computed again for the gradient.
 
     Args:
         hidden_ND: Last hidden state at the position *before* each token.
@@ -85,6 +90,9 @@ def token_logprobs(hidden_ND: Tensor, head: Head, tokens_N: Tensor, temperature:
     """
     if torch.is_grad_enabled() and hidden_ND.requires_grad and not head.weight_VD.requires_grad:
         return cast("Tensor", _FrozenHeadLogprobs.apply(hidden_ND, head, tokens_N, temperature))  # type: ignore[no-untyped-call]
+    kept = 4 * hidden_ND.shape[0] * head.weight_VD.shape[0] <= KEPT_BYTES and head.bias_V is None
+    if kept and hidden_ND.dtype == torch.float32 and takes_directly(head.weight_VD):
+        return cast("Tensor", _TrainedHeadLogprobs.apply(hidden_ND, head.weight_VD, tokens_N, temperature))  # type: ignore[no-untyped-call]
     return logprobs_and_entropy(hidden_ND, head, tokens_N, temperature, entropy=False)[0]
 
 
@@ -143,6 +151,33 @@ class _FrozenHeadLogprobs(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None, None, None]:
         (gradient_ND,) = ctx.saved_tensors
         return (grad_outputs[0][:, None] * gradient_ND).to(gradient_ND.dtype), None, None, None
+
+
+class _TrainedHeadLogprobs(torch.autograd.Function):
+    """log softmax(h W^T / temp)[token], with d/d logits = (onehot(token) - softmax) / temp from the kept softmax."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: nn.Parameter, tokens_N: Tensor, temperature: float) -> Tensor:
+        selected_N = hidden_ND.new_empty(hidden_ND.shape[0])
+        probabilities_NV = hidden_ND.new_empty(hidden_ND.shape[0], weight_VD.shape[0])
+        for part in chunks(hidden_ND.shape[0], chunk_rows(weight_VD.shape[0], hidden_ND.device)):
+            logprobs_CV = probabilities_NV[part]
+            torch.mm(hidden_ND[part], weight_VD.T, out=logprobs_CV)
+            torch.log_softmax(logprobs_CV.div_(temperature), dim=-1, out=logprobs_CV)
+            selected_N[part] = logprobs_CV.gather(1, tokens_N[part, None])[:, 0]
+            logprobs_CV.exp_()
+        ctx.weight_VD, ctx.temperature = weight_VD, temperature
+        ctx.save_for_backward(hidden_ND, probabilities_NV, tokens_N)
+        return selected_N
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None, None, None]:
+        hidden_ND, probabilities_NV, tokens_N = ctx.saved_tensors
+        scaled_N1 = grad_outputs[0][:, None] / ctx.temperature
+        gradient_NV = probabilities_NV * -scaled_N1
+        gradient_NV.scatter_add_(1, tokens_N[:, None], scaled_N1)
+        add_product(ctx.weight_VD, gradient_NV, hidden_ND)
+        return gradient_NV @ ctx.weight_VD.detach(), None, None, None
 
 
 # -- losses -------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunegate.training.accumulation import accumulate
+from tunegate.training.accumulation import accumulate, take_directly
 from tunegate.training.config import OptimizerSpec, Schedule
 from tunegate.training.ranks import sum_gradients, sum_over_ranks
 from tunegate.training.sharding import Layout, local_tensor
@@ -241,6 +241,7 @@ def _master(source: nn.Parameter, parameter: Tensor) -> nn.Parameter:
         parameter: This rank's part of it.
     """
     if parameter is source and source.dtype == torch.float32:
+        take_directly(source)
         return source
     # `float` of an fp32 tensor is the tensor itself: then the master is the part that the model computes with.
     master = nn.Parameter(parameter.detach().float())

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from tunegate.training.accumulation import accumulate
-from tunegate.training.losses import Head
+from tunegate.training import accumulation, losses
+from tunegate.training.accumulation import accumulate, use_direct_gradients
+from tunegate.training.config import OptimizerSpec
+from tunegate.training.losses import Head, token_logprobs
+from tunegate.training.models import checkpoint_activations
 from tunegate.training.norm import use_fast_norms
+from tunegate.training.optim import Optimizer
 
 
 def norms(dtype: torch.dtype, width: int = 48) -> tuple[nn.Module, nn.Module]:
@@ -124,3 +132,111 @@ def test_fp32_logits_are_not_rounded() -> None:
     weight, hidden = (torch.randn(40, 64, generator=generator) for _ in range(2))
     exact = hidden.double() @ weight.double().T
     assert float((Head(weight, weight, None).logits(hidden).double() - exact).abs().max()) < 2e-5
+
+
+def llama() -> LlamaForCausalLM:
+    """A tiny model whose output layer is its embedding, with a padding token that is never trained."""
+    torch.manual_seed(9)
+    config = LlamaConfig(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attention_bias=True,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        attn_implementation="sdpa",
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def two_microbatches(model: LlamaForCausalLM) -> list[torch.Tensor]:
+    """Log-probabilities of two microbatches, with their gradients added up in the model."""
+    generator = torch.Generator().manual_seed(10)
+    found = []
+    for rows in (3, 2):
+        ids = torch.randint(0, 61, (rows, 11), generator=generator)  # token 0, the padding, is among them
+        hidden = model.model(ids).last_hidden_state[:, :-1].flatten(0, 1)
+        logprobs = token_logprobs(hidden, Head.of(model), ids[:, 1:].flatten(), 0.7)
+        (logprobs * torch.randn(len(logprobs), generator=generator)).sum().backward()
+        found.append(logprobs.detach())
+    return found
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("kept_bytes", [0, 64 << 20])
+def test_gradients_that_layers_add_themselves_are_autograds(
+    recomputed: bool, kept_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "KEPT_BYTES", kept_bytes)
+    plain, direct = llama(), llama()
+    if recomputed:
+        checkpoint_activations(direct)
+    assert use_direct_gradients(direct) == 16  # 7 linear layers in each of 2 layers, embedding and output layer
+    assert use_direct_gradients(direct) == 0
+    optimizer = Optimizer(direct.named_parameters(), OptimizerSpec(), learning_rate=1e-3, total_steps=2)
+    added = []
+    add_product = accumulation.add_product
+    monkeypatch.setattr(accumulation, "add_product", lambda *args: added.append(args) or add_product(*args))
+    exact = copy.deepcopy(plain).double()
+    for found, wanted in zip(two_microbatches(direct), two_microbatches(plain), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+    two_microbatches(exact)
+    assert len(added) == 2 * 14
+    for (name, found), wanted in zip(direct.named_parameters(), exact.parameters(), strict=True):
+        assert found.grad is not None and wanted.grad is not None
+        error = float((found.grad.double() - wanted.grad).abs().max() / wanted.grad.abs().max())
+        assert error < 2e-6, name
+    optimizer.step()
+    assert all(parameter.grad is None for parameter in direct.parameters())
+
+
+def test_frozen_and_copied_weights_keep_to_autograd() -> None:
+    model = llama()
+    use_direct_gradients(model)
+    model.model.layers[0].requires_grad_(False)
+    Optimizer(model.named_parameters(), OptimizerSpec(), learning_rate=1e-3, total_steps=2)
+    ids = torch.arange(12).view(2, 6)
+    model.model(ids).last_hidden_state.square().sum().backward()
+    assert all(parameter.grad is None for parameter in model.model.layers[0].parameters())
+    assert all(parameter.grad is not None for parameter in model.model.layers[1].parameters())
+    twin = copy.deepcopy(model)
+    weight = twin.model.layers[1].mlp.up_proj.weight
+    (gradient,) = torch.autograd.grad(twin.model(ids).last_hidden_state.square().sum(), weight)
+    torch.testing.assert_close(gradient, model.model.layers[1].mlp.up_proj.weight.grad)
+
+
+def test_training_in_bf16_keeps_to_autograd_and_its_fp32_sums() -> None:
+    model = llama().bfloat16()
+    use_direct_gradients(model)
+    Optimizer(model.named_parameters(), OptimizerSpec(), learning_rate=1e-3, total_steps=2)
+    two_microbatches(model)
+    assert all(parameter.grad is None for parameter in model.parameters())  # moved to the fp32 masters
+
+
+_PAGES = """
+import torch
+from tunegate.training.measure import reuse_memory
+reuse_memory()
+reuse_memory()
+tensor = torch.ones(16 << 20)
+address, inside = tensor.data_ptr() + (8 << 20), False  # its first bytes may lie before the first huge page
+for line in open("/proc/self/smaps"):
+    first = line.split()[0]
+    if "-" in first and ":" not in first:
+        low, high = (int(part, 16) for part in first.split("-"))
+        inside = low <= address < high
+    elif inside and first == "VmFlags:":
+        print("hg" in line.split())
+"""
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").is_dir() or torch.cuda.is_available(),
+    reason="the system has no transparent huge pages, or training is on a GPU",
+)
+def test_tensors_lie_where_huge_pages_were_asked_for() -> None:
+    done = subprocess.run([sys.executable, "-c", _PAGES], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True"]
