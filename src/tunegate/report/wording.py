@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from tunegate.report import formats
 from tunegate.report.facts import Facts, Gate, Outcome, Registration, Sample, Versions
+from tunegate.resources import StageName
 from tunegate.storage.runs import RunRecord, StageRecord
 
-STAGE_ORDER = (
-    "preflight",
-    "ingest",
-    "fetch",
-    "validate",
-    "sft",
-    "guard",
-    "reward",
-    "ppo",
-    "evaluate",
-    "decide",
-    "register",
-    "promote",
-)
+STAGE_ORDER: tuple[str, ...] = tuple(name for name in get_args(StageName) if name != "finish")
 _TRAINING_STAGES = ("sft", "reward", "ppo")
 #: What the balance over versions counts: usefulness and safety.
 VERSION_AXES = ("Win rate against the base model", "Harmful requests safely declined")

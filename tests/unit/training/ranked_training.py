@@ -12,6 +12,8 @@ from tunegate.data.records import Prompt
 from tunegate.errors import TrainingError
 from tunegate.observer import Observer
 from tunegate.training.config import RewardSpec, SFTSpec
+from tunegate.training.dpo import train_dpo
+from tunegate.training.dpo_config import DPOSpec
 from tunegate.training.ppo import train_ppo
 from tunegate.training.ppo_config import PPOSpec
 from tunegate.training.ranks import world
@@ -42,6 +44,11 @@ PPO = PPOSpec(
     microbatch_tokens=100, shaping={"standardise_prompts": 9, "missing_eos": "none"},
     kl={"controller": "adaptive", "target": 0.05, "horizon": 20, "early_stop": None, "limit": 100.0},
 )  # fmt: skip
+GRPO = PPO.model_copy(update={"algorithm": "grpo", "group_size": 3, "prompts_per_update": 4})
+DPO = DPOSpec(
+    batch_pairs=5, max_length=96, learning_rate=1e-3, microbatch_tokens=100, max_steps=4, max_new_tokens=8,
+    max_prompt_tokens=64, evaluate_prompts=6, precision="fp32",
+)  # fmt: skip
 PPO_WHOLE = PPO.model_copy(update={"method": "full", "critic": "separate"})
 
 
@@ -57,9 +64,16 @@ def train_all(base: Path, reward: Path, out: Path, *, observer: Observer, stop_r
     whole = train_ppo(
         base, reward, *few, out / "ppo-full", spec=PPO_WHOLE.model_copy(update={"reward_function": None}), **options
     )
+    groups = train_ppo(base, None, *few, out / "grpo", spec=GRPO, **options)
+    conversations = make_conversations(23), make_conversations(6, seed=9)
+    lora = train_sft(base, *conversations, out / "sft-lora", spec=SFT.model_copy(update={"method": "lora"}), **options)
+    direct = train_dpo(base, pairs, heldout, few[1], out / "dpo", spec=DPO, **options)
     return {
         "world": world()[1],
         "sft": sft.heldout_after.mean,
+        "sft-lora": lora.heldout_after.mean,
+        "dpo": [direct.final_loss, *(point.loss for point in direct.preferences)],
+        "grpo": [(s.kl, s.policy_loss, s.kl_coefficient, s.divergence) for s in groups.history],
         "reward": scored.final_loss,
         "ppo": [(s.kl, s.policy_loss, s.value_loss, s.kl_coefficient, s.divergence) for s in adapters.history],
         "ppo-full": [(s.kl, s.policy_loss, s.value_loss, s.kl_coefficient, s.divergence) for s in whole.history],
