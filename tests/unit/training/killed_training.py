@@ -21,6 +21,8 @@ from training_samples import make_conversations, make_preferences
 from tunegate.data.records import Prompt
 from tunegate.errors import TrainingStoppedError
 from tunegate.training.config import ModelSpec, RewardSpec, SFTSpec
+from tunegate.training.dpo import train_dpo
+from tunegate.training.dpo_config import DPOSpec
 from tunegate.training.models import resolve_model
 from tunegate.training.ppo import train_ppo
 from tunegate.training.ppo_config import PPOSpec
@@ -57,6 +59,13 @@ def train(stage: str, work: Path, **options) -> None:
             trunk="lora",
         )  # fmt: skip
         train_reward(base, make_preferences(40), [], make_preferences(8, seed=9), [], out, spec=spec, seed=1, **options)
+    elif stage == "dpo":
+        spec = DPOSpec(
+            batch_pairs=2, checkpoint_every=1, max_length=96, learning_rate=1e-2, max_new_tokens=8, max_prompt_tokens=64,
+            evaluate_every=5, evaluate_prompts=8, method="full", precision="fp32",
+        )  # fmt: skip
+        pairs = make_preferences(40), make_preferences(8, seed=9)
+        train_dpo(base, *pairs, prompts(8, "h"), out, spec=spec, seed=1, **options)
     else:
         spec = PPOSpec(
             reward_function="killed_training:vowels", steps=6, prompts_per_update=8, max_new_tokens=8,
@@ -177,4 +186,4 @@ def harass(stage: str, work: Path) -> dict:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     root = Path(sys.argv[1])
-    print(json.dumps({stage: harass(stage, root / stage) for stage in ("sft", "reward", "ppo")}))
+    print(json.dumps({stage: harass(stage, root / stage) for stage in ("sft", "reward", "ppo", "dpo")}))

@@ -28,7 +28,7 @@ def reports(tmp_path_factory) -> dict[str, dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "dpo"])
 def test_ten_kills_at_random_moments_change_no_weight(reports, stage):
     """kill -9 ten times, the newest checkpoint damaged now and then, and once SIGTERM: bit-equal weights on a CPU."""
     report = reports[stage]
