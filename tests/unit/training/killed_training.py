@@ -61,8 +61,8 @@ def train(stage: str, work: Path, **options) -> None:
         train_reward(base, make_preferences(40), [], make_preferences(8, seed=9), [], out, spec=spec, seed=1, **options)
     elif stage == "dpo":
         spec = DPOSpec(
-            batch_pairs=2, checkpoint_every=1, max_length=96, learning_rate=1e-2, max_new_tokens=8, max_prompt_tokens=64,
-            evaluate_every=5, evaluate_prompts=8, method="full", precision="fp32",
+            batch_pairs=2, checkpoint_every=1, max_length=96, learning_rate=1e-2, max_new_tokens=8,
+            max_prompt_tokens=64, evaluate_every=5, evaluate_prompts=8, method="full", precision="fp32",
         )  # fmt: skip
         pairs = make_preferences(40), make_preferences(8, seed=9)
         train_dpo(base, *pairs, prompts(8, "h"), out, spec=spec, seed=1, **options)
