@@ -94,6 +94,16 @@ _PLANS: dict[str, tuple[_Plan, ...]] = {
             unit="share",
         ),
         _Plan("KL coefficient", (_Curve("ppo/kl_coefficient", "beta", "candidate"),), varied=True),
+        # The same stage when `last_stage` is dpo.
+        _Plan("Preference loss", (_Curve("dpo/loss", "train"), _Curve("dpo/heldout_loss", "held out", "candidate"))),
+        _Plan(
+            "Pairs ranked right",
+            (_Curve("dpo/accuracy", "train"), _Curve("dpo/heldout_accuracy", "held out", "candidate")),
+            "by the implicit reward",
+            unit="share",
+        ),
+        _Plan("Margin", (_Curve("dpo/heldout_margin", "held out", "candidate"),), "beta x difference of log-ratios"),
+        _Plan("Gradient norm", (_Curve("dpo/gradient_norm", "norm", "candidate"),)),
     ),
 }
 

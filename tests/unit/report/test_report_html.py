@@ -322,6 +322,15 @@ def test_a_learning_rate_is_drawn_as_it_was():
     assert [str(curve_panel(panel)).count("line raw") for panel in panels] == [1, 0]
 
 
+def test_dpo_as_the_last_stage_has_its_own_curves():
+    rows = [{"step": i, "dpo/loss": 0.7 - i / 100, "dpo/accuracy": 0.5, "dpo/learning_rate": 1e-5 * i} for i in range(9)]
+    rows.append({"step": 9, "dpo/heldout_loss": 0.61, "dpo/heldout_accuracy": 0.66, "dpo/heldout_margin": 0.2})
+    panels, others = read_panels("ppo", rows, {})
+    assert [panel.title for panel in panels] == ["Preference loss", "Pairs ranked right", "Margin"]
+    assert [[series.label for series in panel.series] for panel in panels[:2]] == [["train", "held out"]] * 2
+    assert [panel.title for panel in others] == ["dpo/learning_rate"]
+
+
 def test_a_bag_of_words_that_does_as_well_is_mentioned(tmp_path):
     run = write_run(tmp_path)
     content = json.loads(run.read_file("reward.json"))
