@@ -22,8 +22,9 @@ from tunegate.data.records import Preference, Prompt, Rating
 from tunegate.errors import TrainingStoppedError
 from tunegate.observer import NullObserver
 from tunegate.training.batching import shuffled
-from tunegate.training.config import ModelSpec, RewardSpec
+from tunegate.training.config import HeadSpec, ModelSpec, RewardSpec
 from tunegate.training.ppo_config import KLSpec, PPOSpec, RewardShapingSpec
+from tunegate.training.results import Share
 
 MODEL = "smollm2-135m-instruct"
 HH = ("helpful-base", "harmless-base")
@@ -81,8 +82,9 @@ def hh_records(work: Path, shared: Path) -> Path:
 
 
 def learn_reward(work: Path, shared: Path, stop: Callable[[], bool], arguments: argparse.Namespace) -> dict[str, Any]:
-    """A pairwise reward model on both HH sets at once."""
+    """A pairwise reward model on both HH sets at once: one head, or one for each set on a common trunk."""
     from tunegate.training.reward import train_reward
+    from tunegate.training.reward_evaluation import tfidf_baseline
 
     data = hh_records(work, shared)
     train: list[Preference] = list(read_records(data, "preferences", "train"))
@@ -95,6 +97,7 @@ def learn_reward(work: Path, shared: Path, stop: Callable[[], bool], arguments: 
         epochs=arguments.epochs,
         max_length=LONGEST,
         checkpoint_every=25,
+        heads=tuple(HeadSpec(name=name.partition("-")[0], sources=(name,)) for name in HH) if arguments.heads else (),
     )
     observer = Progress()
     result = train_reward(
@@ -112,7 +115,18 @@ def learn_reward(work: Path, shared: Path, stop: Callable[[], bool], arguments: 
     )
     figures = result.model_dump(mode="json")
     del figures["heldout"]["scores"]
-    return {"result": figures, "loss": observer.series("reward/loss"), "accuracy": observer.series("reward/accuracy")}
+    floors = {}
+    for name in HH:  # learned from the set's own pairs, which is kinder to a bag of words than from both
+        sides = [[pair for pair in pairs if pair.source == name] for pairs in (train, heldout)]
+        right = tfidf_baseline(*sides)
+        assert right is not None
+        floors[name] = Share.of(sum(right), len(sides[1])).model_dump(mode="json")
+    return {
+        "result": figures,
+        "tfidf_by_source": floors,
+        "loss": observer.series("reward/loss"),
+        "accuracy": observer.series("reward/accuracy"),
+    }
 
 
 def topical_chat(shared: Path) -> list[Rating]:
@@ -300,6 +314,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, help="break off after so many, with a checkpoint")
     parser.add_argument("--trunk", choices=("full", "frozen", "lora"), default="full")
+    parser.add_argument("--heads", action="store_true", help="reward: a head for each of the two sets")
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--pairs", type=int, help="train on so many; all without")

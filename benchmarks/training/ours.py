@@ -34,10 +34,9 @@ _PPO_COMMON: dict[str, Any] = {
 class Watch:
     """An observer that takes the time at the end of every step, and keeps what the step reports."""
 
-    def __init__(self, marker: str, flops: Any, *, start: str | None = None) -> None:
-        """Watch steps that report `marker`; with `start`, a metric of step 0, the first step is timed as well."""
+    def __init__(self, marker: str, flops: Any) -> None:
+        """Watch steps that report `marker`; times lie between them, so the first step has none."""
         self.marker = marker
-        self.start = start
         self.flops = flops
         self.clock = StepClock()
         self.steps: list[dict[str, float]] = []
@@ -45,11 +44,8 @@ class Watch:
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Note a step."""
-        begins = step == 0 and self.start is not None and self.start in values
         if self.marker in values and step > 0:
             self.steps.append(dict(values))
-            begins = True
-        if begins:
             self.clock.tick()
             self.counts.append(float(self.flops.get_total_flops()) if self.flops is not None else 0.0)
 
@@ -110,7 +106,7 @@ def run_ppo(variant: str, work: Path, sizes: Sizes, scratch: Path, flops: Any) -
     precision = "fp32" if variant == "like" else "bf16"
     records = [Prompt(id=r["id"], messages=r["messages"]) for r in read(work / "prompts-records.json")]
     spec = ppo_spec(variant, sizes)
-    watch = Watch("ppo/reward", flops, start="ppo/heldout/reward")
+    watch = Watch("ppo/reward", flops)
     result = train_ppo(
         work / f"policy-{precision}",
         work / f"reward-{precision}",
@@ -122,7 +118,7 @@ def run_ppo(variant: str, work: Path, sizes: Sizes, scratch: Path, flops: Any) -
         observer=watch,
     )
     figures = watch.into(Figures(job="", unit="update", settings=spec.model_dump(mode="json")))
-    figures.units = [1.0] * len(watch.steps)
+    figures.units = [1.0] * (len(watch.steps) - 1)
     figures.losses = watch.series("ppo/policy_loss")
     figures.scores = watch.series("ppo/score")
     figures.kl = watch.series("ppo/kl")

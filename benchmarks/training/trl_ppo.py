@@ -35,10 +35,6 @@ class Watch(TrainerCallback):
         if logs and "objective/kl" in logs:
             self.logs.append(dict(logs))
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Models are loaded: the first update is timed as well."""
-        self.clock.tick()
-
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """An update has ended."""
         self.clock.tick()

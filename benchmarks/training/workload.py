@@ -35,7 +35,7 @@ class Sizes:
     Attributes:
         sft_steps: Optimizer steps of SFT, the first of which is not timed; 16 conversations each.
         reward_steps: Likewise of the reward model; 16 pairs each.
-        ppo_updates: Of PPO, all timed.
+        ppo_updates: Likewise of PPO.
         ppo_batch: Prompts an update.
         ppo_micro: Rows that go through the model at once in the like-for-like comparison.
         prompt: Longest prompt (tokens).
@@ -45,7 +45,7 @@ class Sizes:
 
     sft_steps: int = 11
     reward_steps: int = 5
-    ppo_updates: int = 2
+    ppo_updates: int = 3
     ppo_batch: int = 16
     ppo_micro: int = 4
     prompt: int = 64
