@@ -22,7 +22,7 @@ class Figures:
     Attributes:
         job: Name of the job, e.g. `ppo/ours-shared`.
         unit: What `units` counts: `update`, `token`, `pair`.
-        seconds: Wall-clock time of each timed step; the first step is left out, in which memory is touched for the first time.
+        seconds: Wall-clock time of each timed step; the first, which touches memory for the first time, is left out.
         cpu_seconds: Processor time of each timed step, over all threads: hardly touched by what else the machine does.
         units: Work of each timed step.
         losses: Training loss of every step, the first included.
