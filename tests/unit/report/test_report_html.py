@@ -323,7 +323,9 @@ def test_a_learning_rate_is_drawn_as_it_was():
 
 
 def test_dpo_as_the_last_stage_has_its_own_curves():
-    rows = [{"step": i, "dpo/loss": 0.7 - i / 100, "dpo/accuracy": 0.5, "dpo/learning_rate": 1e-5 * i} for i in range(9)]
+    rows = [
+        {"step": i, "dpo/loss": 0.7 - i / 100, "dpo/accuracy": 0.5, "dpo/learning_rate": 1e-5 * i} for i in range(9)
+    ]
     rows.append({"step": 9, "dpo/heldout_loss": 0.61, "dpo/heldout_accuracy": 0.66, "dpo/heldout_margin": 0.2})
     panels, others = read_panels("ppo", rows, {})
     assert [panel.title for panel in panels] == ["Preference loss", "Pairs ranked right", "Margin"]
