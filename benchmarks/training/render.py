@@ -38,35 +38,26 @@ SAME_ROWS = (("sft/ours-bf16", "sft/trl-bf16-padded"), ("reward/ours-bf16", "rew
 UNITS = {"update": ("s an update", True), "token": ("tokens/s", False), "pair": ("pairs/s", False)}
 
 
-def table(result: dict[str, Any], *, busy: bool) -> str:
-    """The comparison as Markdown: rates, ratios, memory, share of the peak.
-
-    Args:
-        result: From `compare.py`.
-        busy: The machine did other work as well, so that wall-clock times say little: processor time alone is shown.
-    """
+def table(result: dict[str, Any]) -> str:
+    """The comparison as Markdown: rates, ratios by wall clock and by processor time, memory, share of the peak."""
     jobs = result["jobs"]
-    rate = "rate_cpu" if busy else "rate_best"
     ratios = {"rate_best": "ratio, best", "rate_median": "ratio, median", "rate_cpu": "ratio, processor time"}
-    shown = ["rate_cpu"] if busy else list(ratios)
-    heads = ["", "Tunegate", "TRL", *(ratios[key] for key in shown), "memory, Tunegate", "TRL", "share of peak"]
+    heads = ["", "Tunegate", "TRL", *ratios.values(), "memory, Tunegate", "TRL", "share of peak"]
     lines = [f"| {' | '.join(heads)} |", "|---|" + "--:|" * (len(heads) - 1)]
     for name, label in NAMES.items():
         rivals = [jobs[peer] for peer in PEERS[name] if peer in jobs]
         if name not in jobs or not rivals:
             continue
         ours = jobs[name]
-        theirs = max(rivals, key=lambda job: float(job[rate]))  # the better of packed and padded
+        theirs = max(rivals, key=lambda job: float(job["rate_best"]))  # the better of packed and padded
         unit, inverse = UNITS[ours["unit"]]
-        if busy:
-            unit = unit.replace("s an", "processor-s an").replace("/s", "/processor-s")
-        rates = [1 / job[rate] if inverse else job[rate] for job in (ours, theirs)]
-        share = f"{ours['share_of_peak']:.0%}" if "share_of_peak" in ours and not busy else ""
+        rates = [1 / job["rate_best"] if inverse else job["rate_best"] for job in (ours, theirs)]
+        share = f"{ours['share_of_peak']:.0%}" if "share_of_peak" in ours else ""
         cells = [
             label,
             f"{rates[0]:.3g} {unit}",
             f"{rates[1]:.3g}",
-            *(f"{ours[key] / theirs[key]:.2f}" for key in shown),
+            *(f"{ours[key] / theirs[key]:.2f}" for key in ratios),
             *(f"{job['peak_bytes'] / 1e9:.1f} GB" for job in (ours, theirs)),
             share,
         ]
@@ -165,7 +156,6 @@ def main() -> None:
     compare = commands.add_parser("compare")
     compare.add_argument("result", type=Path)
     compare.add_argument("images", type=Path)
-    compare.add_argument("--busy", action="store_true", help="other work ran beside it: show processor time alone")
     learn = commands.add_parser("learn")
     learn.add_argument("--reward", type=Path)
     learn.add_argument("--ppo", type=Path)
@@ -173,7 +163,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.command == "compare":
         result = read(given.result)
-        sys.stdout.write(table(result, busy=given.busy))
+        sys.stdout.write(table(result))
         compare_charts(result, given.images)
         return
     learn_charts(read(given.reward) if given.reward else None, read(given.ppo) if given.ppo else None, given.images)
