@@ -140,14 +140,13 @@ def schema(folder: Path, rows: int) -> dict[str, Any]:
                 RowCheck("structure", StructureCheck(), check_structure),
             ]
             for batch in batches(folder, "preferences"):
-                checks[0].observe(batch)
-                broken = checks[0].found_in("preferences", batch)
+                broken = checks[0].rows_found(batch)
                 sound = batch.without(broken) if broken.len() else batch
                 for check in checks[1:]:
                     check.observe(sound)
             for check in checks:
                 check.finish()
-            found = {row for check in checks for row in check.found("preferences")["row"]}
+            found = {row for check in checks for part in check.found("preferences") for row in part["row"]}
         return {"found": sorted(found)}
 
     return _measured(work, rows)
@@ -182,7 +181,7 @@ def near(folder: Path, rows: int) -> dict[str, Any]:
                     break
             exact.finish()
             check.finish()
-            found = {row for one in (exact, check) for row in one.found("preferences")["row"]}
+            found = {row for one in (exact, check) for part in one.found("preferences") for row in part["row"]}
         bands, width = banding(spec.threshold, spec.recall)
         return {"found": sorted(found), "bands": bands, "rows_a_band": width, "threshold": spec.threshold}
 

@@ -118,15 +118,18 @@ class _Firsts:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
+        from tunegate.data.checks.spill import Marks
+
         self._spill()
         self._rows.close()
-        first = np.zeros(self._rows.count, dtype=bool)
+        first = Marks(self._rows.count)
         for values, begin in self._keys.groups():
-            first[values["row"][begin == np.arange(len(values))]] = True
+            first.add(values["row"][begin == np.arange(len(values))])
         start = 0
         with pq.ParquetFile(self._rows.path) as file:
             for batch in read_batches(file, rows=BATCH_ROWS):
-                yield pa.Table.from_batches([batch]).filter(pa.array(first[start : start + batch.num_rows]))
+                kept = first[np.arange(start, start + batch.num_rows)]
+                yield pa.Table.from_batches([batch]).filter(pa.array(kept))
                 start += batch.num_rows
 
     def close(self) -> None:

@@ -56,6 +56,8 @@ class Inspection:
     ) -> None:
         self.fields = RowCheck("fields", spec.checks.types, check_fields)
         self.checks = make_checks(spec.checks, dataset=dataset, rows=rows, counter=counter, folder=folder, seed=seed)
+        for check in self.all:
+            check.spill_to(folder)
 
     @property
     def all(self) -> list[Check]:
@@ -64,8 +66,7 @@ class Inspection:
 
     def observe(self, batch: Batch) -> None:
         """Show a batch to every check; rows with broken fields reach only the first."""
-        self.fields.observe(batch)
-        broken = self.fields.found_in(batch.kind, batch)
+        broken = self.fields.rows_found(batch)
         sound = batch.without(broken) if broken.len() else batch
         for check in self.checks:
             if batch.kind in check.kinds and sound.frame.height:

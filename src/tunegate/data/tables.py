@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 BATCH_ROWS = 8192
+_PYTHON_ROWS = 512
 QUARANTINE_NAME = "quarantine.parquet"
 SUMMARY_NAME = "summary.json"
 
@@ -95,6 +96,8 @@ class TableWriter:
         self._schema = schema
         self._writer = pq.ParquetWriter(path, schema, compression="zstd")
         self._rows: list[Mapping[str, Any]] = []
+        self._batches: list[pa.RecordBatch] = []
+        self._pending = 0
         self.count = 0
 
     def __enter__(self) -> TableWriter:
@@ -104,7 +107,7 @@ class TableWriter:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if kind is not None:
-            self._rows = []
+            self._rows, self._batches = [], []
         self.close()
 
     def close(self) -> None:
@@ -117,7 +120,11 @@ class TableWriter:
         """Add a row; missing columns are null."""
         self._rows.append(row)
         self.count += 1
-        if len(self._rows) >= BATCH_ROWS:
+        # As Python objects rows take several times the memory.
+        if len(self._rows) >= _PYTHON_ROWS:
+            self._to_arrow()
+        self._pending += 1
+        if self._pending >= BATCH_ROWS:
             self._flush()
 
     def write_batch(self, batch: pa.RecordBatch | pa.Table) -> None:
@@ -130,12 +137,20 @@ class TableWriter:
             self._writer.write_table(table.cast(self._schema))
             self.count += table.num_rows
 
-    def _flush(self) -> None:
+    def _to_arrow(self) -> None:
         import pyarrow as pa
 
         if self._rows:
-            self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
+            self._batches.append(pa.RecordBatch.from_pylist(self._rows, schema=self._schema))
             self._rows = []
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+
+        self._to_arrow()
+        if self._batches:
+            self._writer.write_table(pa.Table.from_batches(self._batches).combine_chunks())
+            self._batches, self._pending = [], 0
 
 
 def read_batches(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,6 +15,7 @@ import pyarrow.parquet as pq
 
 from tunegate.data.checks.base import Batch, Check, batches, json_row, wilson
 from tunegate.data.checks.lengths import TokenCounter
+from tunegate.data.checks.spill import ByRow, Keyed
 from tunegate.data.config import DataSpec
 from tunegate.data.inspection import Inspection, inspect_here, inspect_on_ray
 from tunegate.data.records import KINDS, Kind
@@ -34,6 +34,7 @@ from tunegate.observer import Observer
 
 VALIDATION_NAME = "validation.json"
 _EXAMPLES = 5
+_FAMILY_SEED = 5
 _TEXT_COLUMNS = ("messages", "prompt", "chosen", "rejected", "response")
 
 Reasons = dict[int, list[tuple[str, str, str]]]
@@ -79,8 +80,8 @@ def validate(
     with TemporaryDirectory(prefix=".validate-", dir=quarantine) as folder:
         gate = _Gate(dataset, spec, rows, tokenizer, Path(folder), seed)
         gate.inspect(observer)
-    parts = gate.part(clean, quarantine)
-    result = gate.judge(parts)
+        parts = gate.part(clean, quarantine)
+        result = gate.judge(parts)
     _write_summary(dataset, clean, parts)
     (clean / VALIDATION_NAME).write_text(result.model_dump_json(indent=2) + "\n")
     from tunegate.data.report import render
@@ -144,6 +145,7 @@ class _Gate:
         self, dataset: Path, spec: DataSpec, rows: dict[Kind, int], tokenizer: Path | None, folder: Path, seed: int
     ) -> None:
         self.dataset = dataset
+        self.folder = folder
         self.spec = spec
         self.rows = rows
         self.seed = seed
@@ -171,23 +173,24 @@ class _Gate:
     def part(self, clean: Path, quarantine: Path) -> dict[Kind, _Part]:
         """Write the clean and the quarantined rows."""
         parts: dict[Kind, _Part] = {}
-        gone: set[str] = set()
-        with ExitStack() as stack:
-            bad = stack.enter_context(TableWriter(quarantine / QUARANTINE_NAME, quarantine_schema()))
+        family = _Family(self.folder)
+        with TableWriter(quarantine / QUARANTINE_NAME, quarantine_schema()) as bad:
             for kind in KINDS:
+                if kind == "ratings":
+                    family.find(self.dataset)
                 with TableWriter(parquet_path(clean, kind), arrow_schema(kind)) as good:
-                    parts[kind] = self._part_kind(kind, good, bad, gone)
+                    parts[kind] = self._part_kind(kind, good, bad, family)
         return parts
 
-    def _part_kind(self, kind: Kind, good: TableWriter, bad: TableWriter, gone: set[str]) -> _Part:
-        reasons = self._reasons(kind)
-        private = self._rows_with(kind, lambda check: check.name in ("privacy", "secrets"))
-        redacted = self._rows_with(kind, lambda check: check.action == "redact")
+    def _part_kind(self, kind: Kind, good: TableWriter, bad: TableWriter, family: _Family) -> _Part:
         part = _Part()
         for batch in batches(self.dataset, kind):
+            reasons = self._reasons(batch)
             if kind == "ratings":
-                _follow_parents(batch, gone, reasons)
-            numbers = range(batch.first, batch.first + batch.table.num_rows)
+                family.follow(batch, reasons)
+            private = self._rows_with(batch, lambda check: check.name in ("privacy", "secrets"))
+            redacted = self._rows_with(batch, lambda check: check.action == "redact")
+            numbers = range(batch.first, batch.end)
             keep = [n for n in numbers if n not in reasons]
             kept = batch.table.take(pa.array([n - batch.first for n in keep], type=pa.int64()))
             change = [position for position, n in enumerate(keep) if n in redacted]
@@ -197,28 +200,29 @@ class _Gate:
             good.write_batch(kept)
             for split, n in Counter(kept["split"].to_pylist()).items():
                 setattr(part.splits, split, getattr(part.splits, split) + n)
-            for number in numbers:
-                if number in reasons:
-                    row = batch.table.slice(number - batch.first, 1).to_pylist()[0]
-                    if kind == "preferences":
-                        gone.add(row["id"])
-                    if number in private:
-                        row = self._redact_row(row, everything=True)
-                    bad.write(_bad_row(kind, row, reasons[number]))
-                    part.quarantined += 1
+            gone = sorted(reasons)
+            for number in gone:
+                row = batch.table.slice(number - batch.first, 1).to_pylist()[0]
+                if number in private:
+                    row = self._redact_row(row, everything=True)
+                bad.write(_bad_row(kind, row, reasons[number]))
+            if kind == "preferences":
+                family.leave(batch.table["id"].take(pa.array([n - batch.first for n in gone], type=pa.int64())))
+            part.quarantined += len(gone)
         return part
 
-    def _reasons(self, kind: Kind) -> Reasons:
-        """(check, code, detail) of every row that must go, by row number."""
+    def _reasons(self, batch: Batch) -> Reasons:
+        """(check, code, detail) of every row of a batch that must go, by row number."""
         reasons: Reasons = {}
         for check in self.checks:
             if check.action == "quarantine":
-                for row, code, detail in check.found(kind).iter_rows():
+                for row, code, detail in check.found_between(batch.kind, batch.first, batch.end).iter_rows():
                     reasons.setdefault(row, []).append((check.name, code, detail))
         return reasons
 
-    def _rows_with(self, kind: Kind, which: Callable[[Check], bool]) -> set[int]:
-        return {row for check in self.checks if which(check) for row in check.found(kind)["row"]}
+    def _rows_with(self, batch: Batch, which: Callable[[Check], bool]) -> set[int]:
+        found = [c.found_between(batch.kind, batch.first, batch.end)["row"] for c in self.checks if which(c)]
+        return {row for rows in found for row in rows}
 
     def _redacted(self, table: pa.Table, positions: list[int]) -> pa.Table:
         rows = table.take(pa.array(positions)).to_pylist()
@@ -283,11 +287,14 @@ class _Gate:
         )
 
     def _result(self, check: Check) -> CheckResult:
-        found = {kind: check.found(kind) for kind in KINDS}
-        flagged = sum(frame["row"].n_unique() for frame in found.values())
+        flagged = 0
         codes: Counter[str] = Counter()
-        for frame in found.values():
-            codes.update(frame["code"].to_list())
+        examples: list[Example] = []
+        for kind in KINDS:
+            for frame in check.found(kind):
+                flagged += frame["row"].n_unique()
+                codes.update(frame["code"].to_list())
+                examples += _examples(self.dataset, kind, frame.head(_EXAMPLES - len(examples)))
         result = CheckResult(
             check=check.name,
             verdict="flagged" if flagged else "skipped" if check.skipped else "pass",
@@ -301,7 +308,7 @@ class _Gate:
             estimates=check.estimates,
             figures=check.figures,
             histograms=check.histograms,
-            examples=_examples(self.dataset, found),
+            examples=examples,
         )
         limit = check.spec.max_fraction
         if check.failure:
@@ -321,12 +328,42 @@ class _Part:
         self.redacted = 0
 
 
-def _follow_parents(batch: Batch, gone: set[str], reasons: Reasons) -> None:
-    """A rating that was derived from a quarantined preference goes with it."""
-    for offset, parent in enumerate(batch.table["parent"].to_pylist()):
-        if parent in gone:
-            detail = f"derived from the quarantined preference {parent}"
-            reasons.setdefault(batch.first + offset, []).append(("derived", "parent_quarantined", detail))
+class _Family:
+    """Ratings that were derived from a quarantined preference, and go with it.
+
+    Args:
+        folder: For temporary files.
+    """
+
+    _IS_PARENT = -1
+
+    def __init__(self, folder: Path) -> None:
+        self._keys = Keyed(folder / "family", [("row", np.int64)])
+        self._orphans = ByRow(pl.Schema({"row": pl.Int64}))
+        self._orphans.spill_to(folder / "orphans")
+
+    def leave(self, ids: pa.ChunkedArray) -> None:
+        """Note quarantined preferences."""
+        keys = pl.Series(ids, dtype=pl.String).drop_nulls().hash(_FAMILY_SEED).to_numpy()
+        self._keys.append(key=keys, row=np.full(len(keys), self._IS_PARENT))
+
+    def find(self, dataset: Path) -> None:
+        """Look for the ratings, once all quarantined preferences are noted."""
+        for batch in batches(dataset, "ratings", columns=["parent"]):
+            derived = batch.frame.filter(pl.col("parent").is_not_null())
+            self._keys.append(key=derived["parent"].hash(_FAMILY_SEED).to_numpy(), row=derived["row"].to_numpy())
+        for values, begin in self._keys.groups():
+            rows = values["row"]
+            # Parents were added first, so they begin their group.
+            found = rows[(rows != self._IS_PARENT) & (rows[begin] == self._IS_PARENT)]
+            self._orphans.append(pl.DataFrame({"row": found}))
+        self._keys.close()
+
+    def follow(self, batch: Batch, reasons: Reasons) -> None:
+        """Add the reason to each such rating of a batch."""
+        for row in self._orphans.between(batch.first, batch.end)["row"]:
+            detail = f"derived from the quarantined preference {batch.table['parent'][row - batch.first]}"
+            reasons.setdefault(row, []).append(("derived", "parent_quarantined", detail))
 
 
 def _bad_row(kind: Kind, row: dict[str, Any], reasons: list[tuple[str, str, str]]) -> dict[str, Any]:
@@ -341,14 +378,12 @@ def _bad_row(kind: Kind, row: dict[str, Any], reasons: list[tuple[str, str, str]
     )
 
 
-def _examples(dataset: Path, found: Mapping[Kind, pl.DataFrame]) -> list[Example]:
+def _examples(dataset: Path, kind: Kind, some: pl.DataFrame) -> list[Example]:
+    origin = _origins(dataset, kind, set(some["row"]))
     examples: list[Example] = []
-    for kind, frame in found.items():
-        some = frame.head(_EXAMPLES - len(examples))
-        origin = _origins(dataset, kind, set(some["row"]))
-        for row, code, detail in some.iter_rows():
-            name, source, line = origin[row]
-            examples.append(Example(kind=kind, id=name, source=source, line=line, code=code, detail=detail))
+    for row, code, detail in some.iter_rows():
+        name, source, line = origin[row]
+        examples.append(Example(kind=kind, id=name, source=source, line=line, code=code, detail=detail))
     return examples
 
 

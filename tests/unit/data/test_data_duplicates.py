@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 from data_helpers import codes, jsonl, quarantined, run_gate, run_ingest
 
@@ -139,8 +140,8 @@ def test_a_state_merged_from_parts_finds_what_the_whole_finds(tmp_path: Path) ->
     for one, other in zip(whole, first, strict=True):
         one.finish()
         other.finish()
-        assert one.found("preferences").equals(other.found("preferences"))
-        assert one.found("preferences").height > 0
+        assert pl.concat(one.found("preferences")).equals(pl.concat(other.found("preferences")))
+        assert pl.concat(one.found("preferences")).height > 0
         assert one.seen == other.seen == len(rows)
     assert not [p for p in (tmp_path / "whole").iterdir() if "preferences" in p.name], "temporary files are removed"
 

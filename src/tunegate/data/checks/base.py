@@ -14,6 +14,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tunegate.data.checks.spill import ByRow
 from tunegate.data.config import CheckSpec
 from tunegate.data.records import KINDS, Kind
 from tunegate.data.results import Histogram, Interval
@@ -45,6 +46,11 @@ class Batch:
     table: pa.Table
     first: int
     dropped: frozenset[int] = frozenset()
+
+    @property
+    def end(self) -> int:
+        """The number of the first row after the table's last one."""
+        return self.first + int(self.table.num_rows)
 
     @cached_property
     def frame(self) -> pl.DataFrame:
@@ -153,7 +159,7 @@ class Check(ABC):
         self.estimates: dict[str, Interval] = {}
         self.figures: dict[str, float] = {}
         self.histograms: dict[str, Histogram] = {}
-        self._found: dict[Kind, list[pl.DataFrame]] = {}
+        self._found = {kind: ByRow(FINDING_SCHEMA) for kind in KINDS}
 
     own: ClassVar[tuple[str, ...]] = ()
     """Attributes that a check makes for itself and that do not travel to another process with its state."""
@@ -168,27 +174,28 @@ class Check(ABC):
     def merge(self, other: Self) -> None:
         """Add what the same check has gathered from another part of the dataset."""
         self.seen += other.seen
-        for kind, parts in other._found.items():
-            self._found.setdefault(kind, []).extend(parts)
+        for kind, found in other._found.items():
+            self._found[kind].extend(found)
 
     def finish(self) -> None:  # noqa: B027 - a check of rows has nothing left to judge
         """Judge, after the last batch."""
 
+    def spill_to(self, folder: Path) -> None:
+        """Keep findings in files of this folder."""
+        for kind, found in self._found.items():
+            found.spill_to(folder / f"{self.name}.{kind}.found")
+
     def add(self, kind: Kind, found: pl.DataFrame) -> None:
         """Note findings."""
-        if found.height:
-            self._found.setdefault(kind, []).append(found)
+        self._found[kind].append(found)
 
-    def found(self, kind: Kind) -> pl.DataFrame:
-        """All findings in the rows of a kind, by row."""
-        parts = self._found.get(kind)
-        return pl.concat(parts).sort("row", maintain_order=True) if parts else findings()
+    def found(self, kind: Kind) -> Iterator[pl.DataFrame]:
+        """All findings in the rows of a kind, by row, in frames of limited size that share no row."""
+        return self._found[kind].parts()
 
-    def found_in(self, kind: Kind, batch: Batch) -> pl.Series:
-        """The rows of the latest batch that something was found in."""
-        parts = self._found.get(kind)
-        latest = parts[-1]["row"].unique() if parts else pl.Series("row", [], dtype=pl.Int64)
-        return latest.filter(latest >= batch.first)
+    def found_between(self, kind: Kind, first: int, end: int) -> pl.DataFrame:
+        """The findings in the rows of a kind from `first` to before `end`, by row."""
+        return self._found[kind].between(first, end)
 
 
 class RowCheck(Check):
@@ -210,8 +217,14 @@ class RowCheck(Check):
 
     def observe(self, batch: Batch) -> None:
         """Look at a batch."""
+        self.rows_found(batch)
+
+    def rows_found(self, batch: Batch) -> pl.Series:
+        """Look at a batch; the rows that something was found in."""
         self.seen += batch.frame.height
-        self.add(batch.kind, self._find(batch))
+        found = self._find(batch)
+        self.add(batch.kind, found)
+        return found["row"].unique()
 
 
 def batches(dataset: Path, kind: Kind, *, rows: int = _ROWS, columns: Sequence[str] | None = None) -> Iterator[Batch]:

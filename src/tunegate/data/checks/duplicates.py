@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Self
 
@@ -14,13 +15,14 @@ import polars as pl
 from tunegate.data.checks.base import Batch, Check, findings
 from tunegate.data.checks.keys import text_keys
 from tunegate.data.checks.shingles import jaccard, mixed, shingle_hashes, shingle_set
-from tunegate.data.checks.spill import Column, Keyed, Texts
+from tunegate.data.checks.spill import Column, Keyed, Marks, Texts
 from tunegate.data.config import CheckSpec, NearDuplicatesCheck
 from tunegate.data.records import KINDS, Kind
 
 _SIGNATURE_SEED = 7
 _MAX_PERMUTATIONS = 128
 _NEIGHBOURS = 4
+_REMEMBERED = 1 << 18
 _FIELD_MARK = 0xD1B54A32D192ED03  # any odd constant
 
 
@@ -38,8 +40,6 @@ class Repeated(Check):
         super().__init__(name, spec)
         self._by = by
         self._keys = {kind: Keyed(folder / f"{name}.{kind}", [("row", np.int64)]) for kind in KINDS}
-        self.rows: dict[Kind, npt.NDArray[np.int64]] = {}
-        """After `finish`: the rows that were found, in order."""
 
     def observe(self, batch: Batch) -> None:
         """Keep the keys of a batch."""
@@ -59,14 +59,11 @@ class Repeated(Check):
         code, what = ("duplicate_id", "id") if self._by == "id" else ("exact_duplicate", "text")
         detail = pl.format(f"the same {what} as row {{}}", "first")
         for kind, keys in self._keys.items():
-            parts = []
             for values, begin in keys.groups():
                 later = begin != np.arange(len(values))
                 first = values["row"][begin]
-                parts.append(pl.DataFrame({"row": values["row"][later], "first": first[later]}))
-            frame = pl.concat(parts).sort("row")
-            self.rows[kind] = frame["row"].to_numpy()
-            self.add(kind, findings(frame.select("row", code=pl.lit(code), detail=detail)))
+                frame = pl.DataFrame({"row": values["row"][later], "first": first[later]})
+                self.add(kind, findings(frame.select("row", code=pl.lit(code), detail=detail)))
             keys.close()
 
 
@@ -151,16 +148,18 @@ class NearDuplicates(Check):
 
     def finish(self) -> None:
         """Compare the candidates."""
+        detail = pl.format("almost row {} (similarity at least {} in every part)", "near", "similarity")
         for kind, state in self._state.items():
-            exclude = self._exact.rows.get(kind) if self._exact else None
-            rows, near = state.search(self._limit, exclude)
-            frame = pl.DataFrame(
-                {"row": rows, "near": [n for n, _ in near], "similarity": [round(s, 2) for _, s in near]},
-                schema={"row": pl.Int64, "near": pl.Int64, "similarity": pl.Float64},
-            ).sort("row")
-            detail = pl.format("almost row {} (similarity at least {} in every part)", "near", "similarity")
-            self.add(kind, findings(frame.select("row", code=pl.lit("near_duplicate"), detail=detail)))
+            for near in state.search(self._limit, partial(self._is_exact, kind)):
+                self.add(kind, findings(near.select("row", code=pl.lit("near_duplicate"), detail=detail)))
             state.close()
+
+    def _is_exact(self, kind: Kind, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Which of some rows are exact duplicates."""
+        if self._exact is None or not len(rows):
+            return np.zeros(len(rows), dtype=bool)
+        exact = self._exact.found_between(kind, int(rows.min()), int(rows.max()) + 1)
+        return np.isin(rows, exact["row"].to_numpy())
 
 
 def _fields(batch: Batch) -> tuple[npt.NDArray[np.int64], list[list[str]]]:
@@ -211,39 +210,60 @@ class _Sketches:
 
     def extend(self, other: _Sketches) -> None:
         offset = self._rows.length
-        self._rows.append(other._rows.read())
+        for rows in other._rows.pieces():
+            self._rows.append(rows)
         self._texts.extend(other._texts)
         for mine, theirs in zip(self._bands, other._bands, strict=True):
             for piece in theirs.pieces():
                 mine.append(key=piece["key"], item=piece["item"] + offset)
 
     def search(
-        self, limit: float, exclude: npt.NDArray[np.int64] | None
-    ) -> tuple[npt.NDArray[np.int64], list[tuple[int, float]]]:
-        """The rows that are near-duplicates of an earlier one, and for each that row and their similarity."""
-        rows = self._rows.read()
-        out = np.zeros(len(rows), dtype=bool) if exclude is None else np.isin(rows, exclude)
-        near: dict[int, tuple[int, float]] = {}
+        self, limit: float, is_out: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.bool_]]
+    ) -> Iterator[pl.DataFrame]:
+        """The rows that are near-duplicates of an earlier one.
+
+        Args:
+            limit: The least similarity.
+            is_out: Which of some rows are not to be found.
+
+        Yields:
+            `row`, `near` (the earlier row) and `similarity`, in no order, each row once.
+        """
+        out = Marks(self._rows.length)
+        start = 0
+        for rows in self._rows.pieces():
+            out.add(start + np.flatnonzero(is_out(rows)))
+            start += len(rows)
+        # Pairs that are known not to be alike: they save another comparison, and are forgotten when they are many.
         different: npt.NDArray[np.uint64] = np.empty(0, np.uint64)
         shingles = lru_cache(maxsize=256)(lambda item: [shingle_set(text) for text in self._texts[item]])
         for values, begin in (group for band in self._bands for group in band.groups()):
             pairs = _candidates(values["item"], begin, out)
-            codes = (pairs[:, 1] * len(rows) + pairs[:, 0]).astype(np.uint64)
+            codes = (pairs[:, 1] * self._rows.length + pairs[:, 0]).astype(np.uint64)
             fresh = ~np.isin(codes, different)
+            near: dict[int, tuple[int, float]] = {}
             rejected = []
             for (first, second), code in zip(pairs[fresh].tolist(), codes[fresh].tolist(), strict=True):
-                if out[second]:
+                # All pairs of an item with a band in common are in one group.
+                if second in near:
                     continue
                 similarity = _similarity(shingles(first), shingles(second), limit)
                 if similarity >= limit:
-                    near[second] = (int(rows[first]), similarity)
-                    out[second] = True
+                    near[second] = (first, similarity)
                 else:
                     rejected.append(code)
             if rejected:
-                different = np.union1d(different, np.asarray(rejected, np.uint64))
-        found = sorted(near)
-        return rows[found] if found else rows[:0], [near[item] for item in found]
+                kept = different if len(different) < _REMEMBERED else different[:0]
+                different = np.union1d(kept, np.asarray(rejected, np.uint64))
+            if near:
+                out.add(np.fromiter(near, np.int64, len(near)))
+                yield pl.DataFrame(
+                    {
+                        "row": self._rows.at(list(near)),
+                        "near": self._rows.at([first for first, _ in near.values()]),
+                        "similarity": [round(similarity, 2) for _, similarity in near.values()],
+                    }
+                )
 
     def close(self) -> None:
         for keyed in self._bands:
@@ -265,9 +285,7 @@ def _similarity(a: list[frozenset[str]], b: list[frozenset[str]], limit: float) 
     return smallest
 
 
-def _candidates(
-    items: npt.NDArray[np.int64], begin: npt.NDArray[np.int64], out: npt.NDArray[np.bool_]
-) -> npt.NDArray[np.int64]:
+def _candidates(items: npt.NDArray[np.int64], begin: npt.NDArray[np.int64], out: Marks) -> npt.NDArray[np.int64]:
     """Pairs (earlier, later) [P, 2] of items that share a band.
 
     Within a group of equal hashes each item is paired with the first one and with the few before it: a row needs to
@@ -276,12 +294,13 @@ def _candidates(
     Args:
         items: [N] items, those of a group one after the other and ascending.
         begin: [N] where each item's group begins.
-        out: [all items] those that need no partner any more.
+        out: Those that need no partner any more.
     """
     here = np.arange(len(items))
+    open_ = ~out[items]
     partners = [begin, *(here - lag for lag in range(1, _NEIGHBOURS + 1))]
     pairs = []
     for partner in partners:
-        valid = (partner >= begin) & (partner < here) & ~out[items]
+        valid = (partner >= begin) & (partner < here) & open_
         pairs.append(np.column_stack([items[partner[valid]], items[valid]]))
     return np.unique(np.concatenate(pairs), axis=0)

@@ -77,19 +77,17 @@ class Consistency(Check):
     def finish(self) -> None:
         """Find the pairs that were preferred both ways."""
         both_ways = 0
-        against = []
+        detail = pl.lit("the same two answers were also preferred the other way")
         for values, begin in self._votes.groups():
             size = np.bincount(begin, minlength=len(begin))[begin]
             forward = np.bincount(begin, weights=values["forward"], minlength=len(begin))[begin]
             split = (forward > 0) & (forward < size)
             lost = split & np.where(values["forward"], forward <= size / 2, forward >= size / 2)
             both_ways += len(np.unique(begin[split]))
-            against.append(values["row"][lost])
+            against = pl.DataFrame({"row": values["row"][lost]}).select("row", code=pl.lit("both_ways"), detail=detail)
+            self.add("preferences", findings(against))
         self._votes.close()
         self.figures["pairs_both_ways"] = float(both_ways)
-        frame = pl.DataFrame({"row": np.sort(np.concatenate(against))})
-        detail = pl.lit("the same two answers were also preferred the other way")
-        self.add("preferences", findings(frame.select("row", code=pl.lit("both_ways"), detail=detail)))
 
 
 class LengthBias(Check):
