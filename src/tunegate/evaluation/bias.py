@@ -35,7 +35,7 @@ def gap(rows: Sequence[Row], spec: EvaluationSpec) -> dict[str, Figure]:
     ]
     if not shares:
         return {}
-    # Shares between 0 and 1 vary no more than yes/no outcomes with the same mean, so the exact bounds cover them too.
+    # Shares between 0 and 1 vary no more than yes/no outcomes with the same mean, so the bounds for these serve.
     interval = proportion(sum(shares), len(shares), spec.confidence, spec.interval)
     return {"counterfactual_gap": Figure.of(METRICS["counterfactual_gap"], interval)}
 

@@ -104,6 +104,10 @@ class JudgeSpec(Section):
     """A language model as second judge; unset: none is asked."""
 
 
+STARTER_QUESTIONS = "starter:bias_questions.jsonl"
+"""The bias questions that come with the package."""
+
+
 class BiasSpec(Section):
     """Unequal treatment: counterfactual swaps, and multiple choice in the form of BBQ.
 
@@ -112,19 +116,19 @@ class BiasSpec(Section):
 
     categories: tuple[str, ...] = SHIPPED_CATEGORIES
     """Which sets of groups are compared; none switches the swaps off. Each of the shipped ones (`origin`, `religion`,
-    `gender`) has 16 templates with four groups."""
+    `gender`) has 24 templates with four groups."""
 
     template_files: tuple[str, ...] = ()
     """Own templates in place of the shipped ones: paths, globs, `s3://…`, with rows `{id, category, template, groups}`
     whose template holds `{group}`. Name their categories in `categories`."""
 
-    templates: int = Field(default=16, ge=2, le=10_000)
+    templates: int = Field(default=24, ge=2, le=10_000)
     """How many templates of each category are used, each with all of its groups."""
 
     max_new_tokens: int = Field(default=64, ge=4, le=8192)
     """Longest response to a counterfactual prompt (tokens); refusals show early."""
 
-    questions: tuple[str, ...] = ("starter:bias_questions.jsonl",)
+    questions: tuple[str, ...] = (STARTER_QUESTIONS,)
     """Multiple-choice sets with the keys of BBQ (Parrish et al. 2022): paths, globs, `s3://…` or
     `starter:bias_questions.jsonl`; none switches them off. The answer is read off the likelihoods of the options."""
 
@@ -216,8 +220,9 @@ class EvaluationSpec(Section):
     confidence: float = Field(default=0.95, ge=0.8, le=0.999)
     """Two-sided level of every interval; the gates decide on these intervals."""
 
-    interval: Literal["clopper-pearson", "wilson"] = "clopper-pearson"
-    """Bounds of rates: exact (never cover less than they say), or Wilson's score bounds (shorter, right on average)."""
+    interval: Literal["mid-p", "wilson", "clopper-pearson"] = "mid-p"
+    """Bounds of rates: mid-P (as often right as they say on average, in both tails), Wilson's score bounds (the same
+    with unequal tails for small rates), or Clopper and Pearson's (right at least as often as they say, hence wider)."""
 
     resamples: int = Field(default=2000, ge=200, le=100_000)
     """Bootstrap resamples for means of rewards and likelihoods."""

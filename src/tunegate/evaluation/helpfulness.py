@@ -15,13 +15,8 @@ import numpy as np
 from tunegate.evaluation.config import EvaluationSpec
 from tunegate.evaluation.results import DIFFERENCES, METRICS, Figure
 from tunegate.evaluation.rows import Row, of, paired
-from tunegate.evaluation.statistics import (
-    Interval,
-    bootstrap_mean,
-    length_controlled_win_rate,
-    paired_proportions,
-    sign_test,
-)
+from tunegate.evaluation.significance import sign_test
+from tunegate.evaluation.statistics import Interval, bootstrap_mean, length_controlled_win_rate, paired_proportions
 
 
 @dataclass(frozen=True, slots=True)

@@ -240,7 +240,7 @@ def figures(answered: Sequence[Answered], spec: EvaluationSpec) -> dict[str, Fig
 
 
 def bias_score(answered: Sequence[Answered], confidence: float) -> Interval | None:
-    """The bias score of answers of one condition, by Student's t on templates (linearised, with pseudo-pairs).
+    """The bias score of answers of one condition, by empirical likelihood on templates (linearised).
 
     Returns:
         None when no answer says anything about the groups: no question has a known target, or, in the disambiguated
@@ -250,7 +250,9 @@ def bias_score(answered: Sequence[Answered], confidence: float) -> Interval | No
     if by_template is None:
         return None
     values, n = by_template
-    return replace(bounded_difference(list(values.values()), confidence), n=n, method="t on templates, agresti-min")
+    return replace(
+        bounded_difference(list(values.values()), confidence), n=n, method="empirical likelihood on templates"
+    )
 
 
 def _linearised(answered: Sequence[Answered]) -> tuple[dict[str, float], int] | None:
@@ -296,7 +298,7 @@ def differences(candidate: Sequence[Answered], other: Sequence[Answered], spec: 
             low=2 * half.low,
             high=2 * half.high,
             n=n,
-            method="t on templates, agresti-min",
+            method="empirical likelihood on templates",
         )
         found[f"bbq_bias_{condition}"] = Figure.of(DIFFERENCES[f"bbq_bias_{condition}"], interval)
     return found

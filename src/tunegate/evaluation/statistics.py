@@ -1,38 +1,36 @@
-"""Intervals, tests and sample sizes for what the gates decide on.
+"""Intervals for what the gates decide on; tests and sample sizes are in `significance`.
 
-Two-sided intervals at `confidence` c everywhere: each bound alone is a one-sided bound at (1 + c) / 2, so "the upper
-bound is below the limit" errs with probability (1 - c) / 2 or, for the exact intervals, less. The interval that a
-report shows is the interval that decides. The mathematics (quantiles, exact tests, root finding, the bootstrap) is
-SciPy's.
+Two-sided intervals at `confidence` c everywhere, with tails of equal size: each bound alone is a one-sided bound at
+(1 + c) / 2, so "the upper bound is below the limit" errs with probability about (1 - c) / 2. The interval that a report
+shows is the interval that decides. How often they cover is simulated in `benchmarks/gates/coverage.py`. Quantiles and
+root finding are SciPy's.
 
 Sources:
-    Clopper and Pearson 1934, Biometrika 26; Wilson 1927, JASA 22; Korn and Graubard 1998, Survey Methodology 24
-    (Clopper-Pearson with an effective sample size); Tango 1998, Statistics in Medicine 17 (score interval of a
-    difference of paired proportions); Agresti and Min 2005, Statistics in Medicine 24 (pseudo-observations for the
-    same); Cochran 1977, Sampling Techniques (linearised ratio); Efron 1987, JASA 82 (BCa); Hesterberg 2015, The
-    American Statistician 69 (its level for small samples); Schuirmann 1987, J. Pharmacokinetics and Biopharmaceutics 15
-    (TOST); Holm 1979, Scandinavian J. of Statistics 6; Dubois et al. 2024, arXiv 2404.04475 (length control).
+    Lancaster 1961, JASA 56; Berry and Armitage 1995, The Statistician 44; Agresti and Gottard 2007, Computational
+    Statistics and Data Analysis 51 (mid-P); Clopper and Pearson 1934, Biometrika 26; Wilson 1927, JASA 22; Korn and
+    Graubard 1998, Survey Methodology 24 (bounds of a proportion with an effective sample size); Tango 1998, Statistics
+    in Medicine 17 (score interval of a difference of paired proportions); Owen 1988, Biometrika 75, and 2001, Empirical
+    Likelihood (means); Honda and Takemura 2010, COLT (the same with known ends of the support); Cochran 1977, Sampling
+    Techniques (linearised ratio); Hall 1988, Annals of Statistics 16, and Davison and Hinkley 1997, Bootstrap Methods
+    and their Application, section 5.2 (bootstrap-t); Dubois et al. 2024, arXiv 2404.04475 (length control).
 """
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import optimize, special, stats
+from scipy import optimize, special
 
 from tunegate.errors import TunegateError
 
 FloatArray = NDArray[np.float64]
-ProportionMethod = Literal["clopper-pearson", "wilson"]
-
-SEARCH_LIMIT = 1_000_000
-"""The largest sample size that the searches below try; beyond it the answer is "not by more of the same"."""
+ProportionMethod = Literal["mid-p", "wilson", "clopper-pearson"]
 
 
 class StatisticsError(TunegateError):
@@ -77,8 +75,45 @@ def _finite(values: ArrayLike, name: str) -> FloatArray:
 # --------------------------------------------------------------------------------------------------- proportions
 
 
+def mid_p(successes: float, n: float, confidence: float = 0.95) -> tuple[float, float]:
+    """Mid-P bounds of a proportion: the exact binomial tails, with half the weight on what was seen.
+
+    The upper bound solves P(X < x | p) + P(X = x | p) / 2 = (1 - confidence) / 2, the lower one the mirror image
+    (Lancaster 1961; Agresti and Gottard 2007). Clopper and Pearson's bounds count the whole of P(X = x) and so cover
+    more than they say; these cover what they say on average over the truth, in both tails, and as near to it at a
+    single truth as counts allow. With nothing seen the upper bound is 1 - (1 - confidence)^(1/n).
+
+    Args:
+        successes: Count in [0, n]; fractional when an effective sample size is used (incomplete beta functions).
+        n: Trials, > 0; 0 gives the bounds (0, 1).
+        confidence: Two-sided level.
+
+    Returns:
+        Lower and upper bound.
+    """
+    _check_counts(successes, n, confidence)
+    if n <= 0:
+        return 0.0, 1.0
+    tail = (1.0 - confidence) / 2.0
+    return 1.0 - _mid_p_upper(n - successes, n, tail), _mid_p_upper(successes, n, tail)
+
+
+def _mid_p_upper(successes: float, n: float, tail: float) -> float:
+    if successes >= n:
+        return 1.0
+
+    def excess(p: float) -> float:
+        at_most = float(special.betainc(n - successes, successes + 1.0, 1.0 - p))
+        fewer = float(special.betainc(n - successes + 1.0, successes, 1.0 - p)) if successes > 0 else 0.0
+        return (at_most + fewer) / 2.0 - tail
+
+    return float(optimize.brentq(excess, successes / n, 1.0, xtol=1e-13))
+
+
 def clopper_pearson(successes: float, n: float, confidence: float = 0.95) -> tuple[float, float]:
-    """Exact bounds of a proportion: each covers with at least (1 + confidence) / 2, whatever the truth.
+    """Guaranteed bounds of a proportion: each covers with at least (1 + confidence) / 2, whatever the truth.
+
+    The price is that they cover more often than they say: at 400 trials and a rate of 6% 96.6% for 95%.
 
     Args:
         successes: Count in [0, n]; fractional when an effective sample size is used.
@@ -88,11 +123,9 @@ def clopper_pearson(successes: float, n: float, confidence: float = 0.95) -> tup
     Returns:
         Lower and upper bound.
     """
-    _check_confidence(confidence)
+    _check_counts(successes, n, confidence)
     if n <= 0:
         return 0.0, 1.0
-    if not 0 <= successes <= n:
-        raise StatisticsError("successes must lie between 0 and n", key="successes", value=(successes, n))
     tail = (1.0 - confidence) / 2.0
     low = 0.0 if successes == 0 else float(special.betaincinv(successes, n - successes + 1.0, tail))
     high = 1.0 if successes == n else float(special.betaincinv(successes + 1.0, n - successes, 1.0 - tail))
@@ -100,12 +133,13 @@ def clopper_pearson(successes: float, n: float, confidence: float = 0.95) -> tup
 
 
 def wilson(successes: float, n: float, confidence: float = 0.95) -> tuple[float, float]:
-    """Score bounds of a proportion: nominal coverage on average over the truth, shorter than the exact ones."""
-    _check_confidence(confidence)
+    """Score bounds of a proportion (Wilson 1927): nominal coverage on average over the truth.
+
+    For small rates the tails are unequal: the lower bound errs more often, the upper one less often than it says.
+    """
+    _check_counts(successes, n, confidence)
     if n <= 0:
         return 0.0, 1.0
-    if not 0 <= successes <= n:
-        raise StatisticsError("successes must lie between 0 and n", key="successes", value=(successes, n))
     z = float(special.ndtri((1.0 + confidence) / 2.0))
     share = successes / n
     centre = (share + z * z / (2.0 * n)) / (1.0 + z * z / n)
@@ -115,19 +149,28 @@ def wilson(successes: float, n: float, confidence: float = 0.95) -> tuple[float,
     return low, high
 
 
-def proportion(
-    successes: float, n: int, confidence: float = 0.95, method: ProportionMethod = "clopper-pearson"
-) -> Interval:
+def _check_counts(successes: float, n: float, confidence: float) -> None:
+    _check_confidence(confidence)
+    if n > 0 and not 0 <= successes <= n:
+        raise StatisticsError("successes must lie between 0 and n", key="successes", value=(successes, n))
+
+
+PROPORTION_BOUNDS: Mapping[ProportionMethod, Callable[[float, float, float], tuple[float, float]]] = MappingProxyType(
+    {"mid-p": mid_p, "wilson": wilson, "clopper-pearson": clopper_pearson}
+)
+"""Bounds of a proportion, from successes, trials and confidence, by the name in `evaluation.interval`."""
+
+
+def proportion(successes: float, n: int, confidence: float = 0.95, method: ProportionMethod = "mid-p") -> Interval:
     """A share with its bounds; with n = 0 the estimate is NaN and the bounds are (0, 1)."""
-    bounds = clopper_pearson if method == "clopper-pearson" else wilson
-    low, high = bounds(successes, n, confidence)
+    low, high = PROPORTION_BOUNDS[method](successes, n, confidence)
     return Interval(successes / n if n else math.nan, low, high, n, n, method)
 
 
 def clustered_proportion(
-    outcomes: ArrayLike, clusters: Sequence[str], confidence: float = 0.95, method: ProportionMethod = "clopper-pearson"
+    outcomes: ArrayLike, clusters: Sequence[str], confidence: float = 0.95, method: ProportionMethod = "mid-p"
 ) -> Interval:
-    """A share of correlated yes/no outcomes (several attacks on one prompt), with Korn and Graubard's bounds.
+    """A share of correlated yes/no outcomes (several attacks on one prompt), with Korn and Graubard's sample size.
 
     The sample size is replaced by n* = p (1 - p) / v, where v is the variance of the share between clusters
     (linearised ratio), shrunk by (t_{n-1} / t_{k-1})^2 for the few degrees of freedom, and never above n. A share of
@@ -153,8 +196,7 @@ def clustered_proportion(
         tail = (1.0 + confidence) / 2.0
         shrink = (special.stdtrit(n - 1, tail) / special.stdtrit(k - 1, tail)) ** 2
         effective = min(float(n), shrink * share * (1.0 - share) / variance) if variance > 0 else float(k)
-    bounds = clopper_pearson if method == "clopper-pearson" else wilson
-    low, high = bounds(share * effective, effective, confidence)
+    low, high = PROPORTION_BOUNDS[method](share * effective, effective, confidence)
     return Interval(share, low, high, n, k, f"{method}, effective n {effective:.1f}")
 
 
@@ -183,7 +225,7 @@ def paired_proportions(only_first: int, only_second: int, n: int, confidence: fl
     estimate = (b - c) / n
 
     def score(delta: float) -> float:
-        variance = n * _variance_under(b / n, c / n, delta)
+        variance = n * tango_variance(b / n, c / n, delta)
         gap = b - c - n * delta
         if variance <= 0.0:
             return 0.0 if gap == 0 else math.copysign(math.inf, gap)
@@ -194,7 +236,7 @@ def paired_proportions(only_first: int, only_second: int, n: int, confidence: fl
     return Interval(estimate, low, high, n, n, "tango")
 
 
-def _variance_under(only_first: float, only_second: float, delta: float) -> float:
+def tango_variance(only_first: float, only_second: float, delta: float) -> float:
     """Variance of one pair's difference at the maximum likelihood estimate under a true difference of `delta`.
 
     Tango 1998: P(only second) is estimated as the larger root of a quadratic under P(first) - P(second) = delta.
@@ -224,7 +266,7 @@ def clustered_difference(differences: ArrayLike, clusters: Sequence[str], confid
     """Mean of paired differences in [-1, 1] that may be correlated within clusters.
 
     When every cluster has one difference out of -1, 0, 1 this is `paired_proportions`, otherwise `bounded_difference`
-    of the cluster means.
+    of the cluster means (empirical likelihood).
 
     Args:
         differences: [N], each in [-1, 1].
@@ -241,27 +283,72 @@ def clustered_difference(differences: ArrayLike, clusters: Sequence[str], confid
 
 
 def bounded_difference(values: ArrayLike, confidence: float = 0.95) -> Interval:
-    """Mean of independent differences in [-1, 1], by Student's t with two pseudo-observations.
+    """Mean of independent differences in [-1, 1], by empirical likelihood with known ends of the support.
 
-    Agresti and Min's four half pairs (+1, -1, 0, 0) keep the interval from collapsing when nothing differs. The
-    estimate itself stays the plain mean.
+    R(d) is the largest likelihood of any distribution on [-1, 1] with mean d over that of the observed one; the bounds
+    are where -2 log R(d) = t^2 with t the Student quantile with k - 1 degrees of freedom (Owen 2001, chapter 2; Owen
+    1990, Annals of Statistics 18, for F(1, k - 1) in place of chi-square). Because the ends are known, that
+    distribution may put mass on -1 or 1 though nothing was seen there (Honda and Takemura 2010, K_inf), so that the
+    bounds are as skewed as the data, stay within [-1, 1], and do not collapse when few clusters differ. Where all
+    values are equal there is no likelihood ratio to speak of; then a share of q = 1 - (1 - confidence)^(1/k), mid-P's
+    bound for what k clusters did not show, may lie at either end.
 
     Args:
-        values: [N], one a cluster.
+        values: [N], one a cluster. Values beyond [-1, 1], as linearised ratios can be, move the end to themselves.
         confidence: Two-sided level.
     """
     _check_confidence(confidence)
-    means = _finite(values, "values")
-    k = len(means)
+    found = _finite(values, "values")
+    k = len(found)
     if k == 0:
-        return Interval(math.nan, -1.0, 1.0, 0, 0, "agresti-min")
-    total = k + 2.0
-    centre = float(means.sum()) / total
-    variance = (float(means @ means) + 1.0) / total - centre**2
-    half = float(special.stdtrit(k + 1, (1.0 + confidence) / 2.0)) * math.sqrt(variance / total)
-    estimate = float(means.mean())
-    low, high = max(-1.0, centre - half), min(1.0, centre + half)
-    return Interval(estimate, min(low, estimate), max(high, estimate), k, k, "agresti-min")
+        return Interval(math.nan, -1.0, 1.0, 0, 0, "empirical likelihood")
+    estimate = float(found.mean())
+    low_end, high_end = min(-1.0, float(found.min())), max(1.0, float(found.max()))
+    if float(np.ptp(found)) < 1e-12:
+        unseen = 1.0 - (1.0 - confidence) ** (1.0 / k)
+        low, high = estimate + unseen * (low_end - estimate), estimate + unseen * (high_end - estimate)
+    else:
+        limit = float(special.stdtrit(k - 1, (1.0 + confidence) / 2.0)) ** 2
+        support, counts = np.unique(found, return_counts=True)
+        low = -_likelihood_bound(-support, counts, -low_end, limit)
+        high = _likelihood_bound(support, counts, high_end, limit)
+    return Interval(estimate, low, high, k, k, "empirical likelihood")
+
+
+def _likelihood_bound(support: FloatArray, counts: NDArray[np.int_], end: float, limit: float) -> float:
+    """The mean above the observed one at which -2 log R = `limit`.
+
+    Among distributions on what was seen, the likeliest with a given mean has weights w_i proportional to
+    1 / (a + end - x_i) with a > 0 (Lagrange), and -2 log R = -2 sum log(k w_i) rises as a falls. Means beyond that of
+    a = 0 need mass at the end that was not seen there; then -2 log R = 2 sum log((end - x_i) / (end - d)).
+
+    Args:
+        support: [M] at least two different values.
+        counts: [M] how often each was seen.
+        end: The largest value there can be.
+        limit: The quantile that -2 log R is compared with.
+    """
+    k = float(counts.sum())
+    room = end - support
+    if room.min() > 0.0:
+        left = math.exp(float(counts @ np.log(room)) / k - limit / (2.0 * k))
+        if left <= k / float(np.sum(counts / room)):
+            return end - left
+
+    def weights(log_a: float) -> FloatArray:
+        raw = 1.0 / (math.exp(log_a) + room)
+        return np.asarray(raw / float(counts @ raw), dtype=np.float64)
+
+    def excess(log_a: float) -> float:
+        return -2.0 * float(counts @ np.log(k * weights(log_a))) - limit
+
+    scale = math.log(float(room.max()))
+    # At the left end nearly all weight lies on one value, at the right end all weights are equal.
+    least = max(scale - 30.0 - limit, -700.0)
+    if excess(least) <= 0.0:  # two or three values at a very high level
+        return end
+    log_a = float(optimize.brentq(excess, least, scale + 20.0, xtol=1e-10))
+    return float((counts * weights(log_a)) @ support)
 
 
 def linearised_ratio(sums: ArrayLike, masses: ArrayLike) -> FloatArray:
@@ -311,9 +398,13 @@ def bootstrap_mean(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """Weighted mean sum(w x) / sum(w), with BCa bounds from resampling whole clusters (SciPy's `bootstrap`).
+    """Weighted mean sum(w x) / sum(w), with bootstrap-t bounds from resampling whole clusters.
 
-    The level is widened for few clusters (Hesterberg 2015, The American Statistician 69, the "expanded" percentile).
+    Each resample's mean r* is studentised by its own standard error e*, so that the quantiles of (r* - r) / e* take in
+    both few clusters and skewed values: the bounds are r - q_high e and r - q_low e (Hall 1988; Davison and Hinkley
+    1997, section 5.2). The standard error is that of the linearised ratio, e^2 = k / (k - 1) sum_j (s_j - r m_j)^2 /
+    (sum_j m_j)^2 (Cochran 1977, eq. 6.13). Where so many resamples have no spread that the quantiles are infinite (very
+    few clusters, or nearly all of them alike), Student's t with that standard error takes their place.
 
     For a paired comparison `values` are the differences of the two roles on the same prompt. With `weights` = tokens
     and `values` = nats per token it is a mean over tokens whose prompts stay together.
@@ -327,8 +418,7 @@ def bootstrap_mean(
         seed: Of the resampling.
 
     Returns:
-        The interval; a point when all values are equal, infinite bounds below two clusters. "bootstrap percentile"
-        where BCa is undefined (acceleration or bias out of range).
+        The interval; a point when all values are equal, infinite bounds below two clusters.
     """
     _check_confidence(confidence)
     array = _finite(values, "values")
@@ -338,110 +428,54 @@ def bootstrap_mean(
         raise StatisticsError("weights must be positive", key="weights")
     labels = [str(i) for i in range(n)] if clusters is None else list(clusters)
     if n == 0:
-        return Interval(math.nan, -math.inf, math.inf, 0, 0, "bootstrap BCa")
+        return Interval(math.nan, -math.inf, math.inf, 0, 0, "bootstrap-t")
     _, index = np.unique(np.asarray(labels, dtype=object).astype(str), return_inverse=True)
-    sums, masses = np.bincount(index, weights=array * weight), np.bincount(index, weights=weight)
+    sums: FloatArray = np.bincount(index, weights=array * weight).astype(np.float64)
+    masses: FloatArray = np.bincount(index, weights=weight).astype(np.float64)
     k = len(sums)
     estimate = float(sums.sum() / masses.sum())
     if k < 2:
-        return Interval(estimate, -math.inf, math.inf, n, k, "bootstrap BCa")
+        return Interval(estimate, -math.inf, math.inf, n, k, "bootstrap-t")
     if np.ptp(sums / masses) == 0:
         return Interval(estimate, estimate, estimate, n, k, "all equal")
-
-    def ratio(sums: FloatArray, masses: FloatArray, axis: int = -1) -> FloatArray:
-        return np.asarray(sums.sum(axis=axis) / masses.sum(axis=axis), dtype=np.float64)
-
-    # Resampling k clusters understates their spread by (k - 1) / k and knows no t quantile: widen the level for both.
-    widened = math.sqrt(k / (k - 1.0)) * float(special.stdtrit(k - 1, (1.0 + confidence) / 2.0))
-    level = 1.0 - 2.0 * float(special.ndtr(-widened))
-    rng = np.random.default_rng(seed)
-    for method in ("BCa", "percentile"):
-        with np.errstate(all="ignore"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # SciPy warns where BCa is undefined; the bounds are then NaN, see below
-            found = stats.bootstrap(
-                (sums, masses),
-                ratio,
-                paired=True,
-                vectorized=True,
-                n_resamples=resamples,
-                confidence_level=level,
-                method=method,
-                rng=rng,
-            ).confidence_interval
-        if math.isfinite(found.low) and math.isfinite(found.high):
-            break
-    return Interval(estimate, float(found.low), float(found.high), n, k, f"bootstrap {method}, {resamples} resamples")
+    residuals = sums - estimate * masses
+    error = math.sqrt(k / (k - 1.0) * float(residuals @ residuals)) / float(masses.sum())
+    studentised = _studentised(residuals, masses, resamples, seed)
+    tail = (1.0 - confidence) / 2.0
+    with np.errstate(invalid="ignore"):
+        low, high = np.quantile(studentised, [tail, 1.0 - tail], method="weibull").tolist()
+    method = f"bootstrap-t, {resamples} resamples"
+    if not (math.isfinite(low) and math.isfinite(high)):
+        high = float(special.stdtrit(k - 1, 1.0 - tail))
+        low, method = -high, "t"
+    return Interval(estimate, estimate - high * error, estimate - low * error, n, k, method)
 
 
-# --------------------------------------------------------------------------------------------------------- tests
-
-
-def sign_test(wins: int, losses: int) -> float:
-    """Two-sided p-value of the exact binomial test that decided pairs fall either way with equal chance."""
-    if wins + losses == 0:
-        return 1.0
-    return float(stats.binomtest(wins, wins + losses, 0.5).pvalue)
-
-
-def binomial_exceeds(successes: int, n: int, limit: float) -> float:
-    """One-sided exact p-value against "the rate is at most `limit`"."""
-    if n == 0:
-        return 1.0
-    return float(stats.binomtest(successes, n, limit, alternative="greater").pvalue)
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjusted p-values, in the order given; reject where they are at most alpha."""
-    p = np.asarray(p_values, dtype=np.float64)
-    order = np.argsort(p, kind="stable")
-    adjusted = np.empty(len(p))
-    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
-    return [float(value) for value in adjusted]
-
-
-@dataclass(frozen=True, slots=True)
-class Equivalence:
-    """Outcome of two one-sided tests.
-
-    Attributes:
-        p_value: The larger of the two one-sided p-values; equivalent where it is at most alpha.
-        low: Lower bound of the two-sided 1 - 2 alpha interval.
-        high: Upper bound of it.
-        equivalent: The whole interval lies inside the margins.
-    """
-
-    p_value: float
-    low: float
-    high: float
-    equivalent: bool
-
-
-def tost(differences: ArrayLike, margin: float, alpha: float = 0.05) -> Equivalence:
-    """Two one-sided t-tests that the mean difference lies inside (-margin, margin).
+def _studentised(residuals: FloatArray, masses: FloatArray, resamples: int, seed: int) -> FloatArray:
+    """(r* - r) / e* of resamples of the clusters, infinite where a resample has no spread.
 
     Args:
-        differences: [N] independent paired differences (one a template), N >= 2.
-        margin: Equivalence margin, > 0, in the unit of the differences.
-        alpha: Level of each test; the interval returned has level 1 - 2 alpha.
+        residuals: [K] s_j - r m_j, which makes r* - r the ratio of their sum to that of the masses.
+        masses: [K].
+        resamples: How many.
+        seed: Of the draws.
     """
-    values = _finite(differences, "differences")
-    if margin <= 0:
-        raise StatisticsError("an equivalence margin must be positive", key="margin", value=margin)
-    if len(values) < 2:
-        return Equivalence(1.0, -math.inf, math.inf, False)
-    interval = mean_interval(values, 1.0 - 2.0 * alpha)
-    if np.ptp(values) == 0:
-        inside = abs(interval.estimate) < margin
-        return Equivalence(0.0 if inside else 1.0, interval.estimate, interval.estimate, inside)
-    above = stats.ttest_1samp(values, -margin, alternative="greater").pvalue
-    below = stats.ttest_1samp(values, margin, alternative="less").pvalue
-    p_value = float(max(above, below))
-    return Equivalence(p_value, interval.low, interval.high, p_value <= alpha)
-
-
-def non_inferior(interval: Interval, margin: float, *, higher_is_better: bool) -> bool:
-    """Whether a difference (new minus old) is shown to be worse by less than `margin` (>= 0)."""
-    return interval.low > -margin if higher_is_better else interval.high < margin
+    k = len(masses)
+    moments_K5 = np.column_stack([residuals, masses, residuals**2, residuals * masses, masses**2])
+    floor = 1e-12 * float(moments_K5[:, 2].sum())
+    rng = np.random.default_rng(seed)
+    found = np.empty(resamples)
+    block = max(1, 4_000_000 // k)  # resamples at once: at most some 32 MB a matrix
+    for start in range(0, resamples, block):
+        size = min(block, resamples - start)
+        drawn = rng.integers(k, size=(size, k)) + k * np.arange(size)[:, None]
+        counts_BK = np.bincount(drawn.ravel(), minlength=size * k).reshape(size, k)
+        s, m, ss, sm, mm = (counts_BK @ moments_K5).T
+        shift = s / m
+        spread = k / (k - 1.0) * (ss - 2.0 * shift * sm + shift**2 * mm)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found[start : start + size] = np.where(spread > floor, s / np.sqrt(spread), np.copysign(math.inf, s))
+    return found
 
 
 # ----------------------------------------------------------------------------------------------- length control
@@ -454,7 +488,7 @@ def length_controlled_win_rate(outcomes: ArrayLike, length_difference: ArrayLike
     sigmoid(theta). Ties count one half. phi has a N(0, 2^2) prior and theta a N(0, 4^2) prior, so that separable data
     keep finite estimates. The interval is the delta method on theta with the sandwich covariance (robust to ties not
     being Bernoulli), Student's t with n - 2 degrees of freedom, transformed by the sigmoid. Where all outcomes are
-    equal the sandwich is no evidence; then the bounds are the exact ones of the raw share.
+    equal the sandwich is no evidence; then the bounds are mid-P's of the raw share.
 
     Args:
         outcomes: [N], 1 win, 0.5 tie, 0 loss of the first model.
@@ -465,8 +499,8 @@ def length_controlled_win_rate(outcomes: ArrayLike, length_difference: ArrayLike
     y, d = _finite(outcomes, "outcomes"), _finite(length_difference, "length_difference")
     n = len(y)
     if n < 3 or np.ptp(y) == 0:
-        low, high = clopper_pearson(float(y.sum()), n, confidence)
-        return Interval(float(y.mean()) if n else math.nan, low, high, n, n, "clopper-pearson (too few to fit)")
+        low, high = mid_p(float(y.sum()), n, confidence)
+        return Interval(float(y.mean()) if n else math.nan, low, high, n, n, "mid-p (too few to fit)")
     spread = float(d.std())
     x = np.tanh(d / spread) if spread > 0 else np.zeros(n)
     design = np.column_stack([np.ones(n), x])
@@ -489,138 +523,3 @@ def length_controlled_win_rate(outcomes: ArrayLike, length_difference: ArrayLike
     theta = float(coefficients[0])
     low, high = float(special.expit(theta - half)), float(special.expit(theta + half))
     return Interval(float(special.expit(theta)), low, high, n, n, "logistic on length difference, HC3")
-
-
-# -------------------------------------------------------------------------------------------------- sample sizes
-
-
-def required_n_limit(rate: float, limit: float, *, confidence: float = 0.95, power: float = 0.8) -> int | None:
-    """Prompts needed so that the exact bound of a proportion clears `limit` with probability `power`.
-
-    Args:
-        rate: The true rate that is assumed.
-        limit: The limit; the upper bound must fall below it when rate < limit, the lower bound above it otherwise.
-        confidence: Two-sided level of the interval.
-        power: Wanted probability.
-
-    Returns:
-        An n at which the exact binomial power is reached, the smallest up to the saw-tooth of exact tests; None
-        beyond `SEARCH_LIMIT`.
-    """
-    if rate == limit:
-        return None
-
-    def reached(n: int) -> bool:
-        return _power_limit(n, rate, limit, confidence) >= power
-
-    return _smallest(reached)
-
-
-def _power_limit(n: int, rate: float, limit: float, confidence: float) -> float:
-    """Probability that the Clopper-Pearson interval of n draws at `rate` lies on the right side of `limit`."""
-    tail = (1.0 - confidence) / 2.0
-    if rate < limit:
-        # upper bound < limit  <=>  P(X <= x | limit) < tail
-        x = int(stats.binom.ppf(tail, n, limit))
-        while x >= 0 and stats.binom.cdf(x, n, limit) >= tail:
-            x -= 1
-        return float(stats.binom.cdf(x, n, rate)) if x >= 0 else 0.0
-    x = int(stats.binom.isf(tail, n, limit))
-    while x <= n and stats.binom.sf(x - 1, n, limit) >= tail:
-        x += 1
-    return float(stats.binom.sf(x - 1, n, rate)) if x <= n else 0.0
-
-
-def required_n_paired(
-    margin: float, difference: float, discordance: float, *, confidence: float = 0.95, power: float = 0.8
-) -> int | None:
-    """Pairs needed to show that a paired difference of proportions is below `margin` (normal approximation).
-
-    n = (z_conf sd_0 + z_power sd_1)^2 / (margin - difference)^2 with sd_1^2 = discordance - difference^2 and sd_0^2
-    the variance that the score test would estimate at the margin (Tango 1998). Non-inferiority: `margin` > 0 and
-    worse = positive. Superiority: `margin` = 0 and `difference` < 0.
-
-    Args:
-        margin: Largest difference (new minus old, positive = worse) that is accepted.
-        difference: The true difference that is assumed, < margin.
-        discordance: Share of pairs in which the two differ, >= |difference|.
-        confidence: Two-sided level of the interval.
-        power: Wanted probability.
-
-    Returns:
-        Pairs, or None when the difference is not below the margin or n exceeds `SEARCH_LIMIT`.
-    """
-    if difference >= margin:
-        return None
-    discordance = max(discordance, abs(difference))
-    z_conf, z_power = float(special.ndtri((1 + confidence) / 2)), float(special.ndtri(power))
-    worse, better = (discordance + difference) / 2.0, (discordance - difference) / 2.0
-    at_margin = math.sqrt(max(_variance_under(worse, better, margin), 0.0))
-    at_truth = math.sqrt(max(discordance - difference**2, 0.0))
-    n = math.ceil(((z_conf * at_margin + z_power * at_truth) / (margin - difference)) ** 2)
-    return max(n, 1) if n <= SEARCH_LIMIT else None
-
-
-def required_n_win_rate(
-    win_rate: float, *, tie_rate: float = 0.0, margin: float = 0.0, confidence: float = 0.95, power: float = 0.8
-) -> int | None:
-    """Pairs needed to show that a win rate (ties one half) is above 0.5 - margin."""
-    # In terms of (loss - win) / n the win rate is 0.5 - d / 2, so everything doubles.
-    return required_n_paired(2 * margin, 1.0 - 2 * win_rate, 1.0 - tie_rate, confidence=confidence, power=power)
-
-
-def required_n_mean(
-    margin: float, difference: float, deviation: float, *, confidence: float = 0.95, power: float = 0.8
-) -> int | None:
-    """Observations needed to show that a mean paired difference with this standard deviation is below `margin`."""
-    if difference >= margin:
-        return None
-    z = float(special.ndtri((1 + confidence) / 2) + special.ndtri(power))
-    n = math.ceil((z * deviation / (margin - difference)) ** 2) + 2
-    return n if n <= SEARCH_LIMIT else None
-
-
-def n_to_decide_limit(successes: int, n: int, limit: float, *, confidence: float = 0.95) -> int | None:
-    """How many observations in all would take the exact interval off `limit` if the share stays what it is.
-
-    Returns:
-        The n, at least the present one, or None if the share lies on the limit or n exceeds `SEARCH_LIMIT`.
-    """
-    if n == 0 or successes / n == limit:
-        return None
-    share = successes / n
-
-    def decided(size: int) -> bool:
-        low, high = clopper_pearson(share * size, size, confidence)
-        return high <= limit if share < limit else low > limit
-
-    return _smallest(decided, start=n)
-
-
-def n_to_decide_mean(interval: Interval, limit: float) -> int | None:
-    """The same for any interval whose width falls with the square root of n."""
-    if interval.n == 0 or not all(map(math.isfinite, (interval.estimate, interval.low, interval.high))):
-        return None
-    gap = abs(interval.estimate - limit)
-    half = interval.high - interval.estimate if limit > interval.estimate else interval.estimate - interval.low
-    if gap == 0:
-        return None
-    n = math.ceil(interval.n * max(1.0, (half / gap) ** 2))
-    return n if n <= SEARCH_LIMIT else None
-
-
-def _smallest(reached: Callable[[int], bool], start: int = 1) -> int | None:
-    """The smallest n >= start with `reached(n)`, taking it to be monotone up to the saw-tooth of exact tests."""
-    high = max(start, 1)
-    while not reached(high):
-        high *= 2
-        if high > SEARCH_LIMIT:
-            return None
-    low = max(start, high // 2)
-    while low < high:
-        middle = (low + high) // 2
-        if reached(middle):
-            high = middle
-        else:
-            low = middle + 1
-    return high

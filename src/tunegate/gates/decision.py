@@ -8,7 +8,8 @@ from datetime import datetime
 from scipy import stats
 
 from tunegate.evaluation.results import ANCHOR, CANDIDATE, CHAMPION, Evaluation, Figure
-from tunegate.evaluation.statistics import Interval, holm, n_to_decide_mean
+from tunegate.evaluation.significance import holm, n_to_decide_mean
+from tunegate.evaluation.statistics import Interval
 from tunegate.gates.config import GatesSpec, MarginSpec
 from tunegate.gates.results import SEVERITY, Decision, Direction, GateResult, Unit, content_digest, show, worst
 from tunegate.gates.rules import Named, against_limit, by_group, coherence, equivalence, hazard_alarm, missing

@@ -8,16 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 
 from tunegate.evaluation.cases import TAGS, read_templates
-from tunegate.evaluation.config import EvaluationSpec, Tag
-from tunegate.evaluation.statistics import (
-    bounded_difference,
-    clopper_pearson,
-    paired_proportions,
-    required_n_limit,
-    required_n_paired,
-    required_n_win_rate,
-    wilson,
-)
+from tunegate.evaluation.config import STARTER_QUESTIONS, EvaluationSpec, Tag
+from tunegate.evaluation.questions import read_questions
+from tunegate.evaluation.significance import required_n_limit, required_n_paired, required_n_win_rate
+from tunegate.evaluation.statistics import PROPORTION_BOUNDS, bounded_difference, paired_proportions
 from tunegate.gates.config import GatesSpec, MarginSpec
 
 
@@ -124,8 +118,9 @@ def sample_sizes(
 ) -> list[SampleSize]:
     """The prompts that each gate with a limit needs.
 
-    Rates against limits are exact (Clopper-Pearson); margins and win rates use the normal approximation at the score
-    test's variance. Attacked prompts are counted once a prompt, as if the wrappers agreed.
+    Rates against limits are counted over the binomial distribution with the evaluation's own bounds; margins and win
+    rates use the normal approximation at the score test's variance. Attacked prompts are counted once a prompt, as if
+    the wrappers agreed.
     """
     given = assumed or Assumptions()
     level, power = gates.confidence, given.power
@@ -156,7 +151,10 @@ def sample_sizes(
         ),
     ):
         if limit is not None:
-            needed = required_n_limit(rate, limit, confidence=level, power=power) if rate < limit else None
+            bounds = evaluation.interval
+            needed = (
+                required_n_limit(rate, limit, confidence=level, power=power, method=bounds) if rate < limit else None
+            )
             found.append(SampleSize(gate, limit, f"true rate {rate:.1%}", needed, unit, planned))
     for role, margins in (("champion", gates.champion), ("anchor", gates.anchor)):
         for name, margin, differ, unit, planned in (
@@ -299,6 +297,14 @@ def _thin_swaps(gates: GatesSpec, evaluation: EvaluationSpec) -> list[str]:
     found = []
     if gates.maximum_bias_score is not None and not evaluation.bias.questions:
         found.append("gates.maximum_bias_score needs evaluation.bias.questions; name them or set it to null")
+    elif gates.maximum_bias_score is not None and set(evaluation.bias.questions) == {STARTER_QUESTIONS}:
+        asked = len({question.template for question in read_questions(evaluation.bias.questions)})
+        if asked < gates.minimum_templates:  # how many an own file holds is known when it is read
+            found.append(
+                f"the {asked} templates of {STARTER_QUESTIONS} are below gates.minimum_templates "
+                f"{gates.minimum_templates}; give BBQ itself in evaluation.bias.questions, or set "
+                "gates.maximum_bias_score to null"
+            )
     if not wanted:
         return found
     if not evaluation.bias.categories:
@@ -405,8 +411,7 @@ def _out_of_reach(gates: GatesSpec, evaluation: EvaluationSpec, planned: _Planne
 
 
 def _rate_within(limit: float, evaluation: EvaluationSpec, n: int) -> bool:
-    bounds = clopper_pearson if evaluation.interval == "clopper-pearson" else wilson
-    return bounds(0, n, evaluation.confidence)[1] <= limit
+    return PROPORTION_BOUNDS[evaluation.interval](0, n, evaluation.confidence)[1] <= limit
 
 
 def _margin_kept(margin: float, evaluation: EvaluationSpec, n: int) -> bool:

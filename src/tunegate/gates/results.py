@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from tunegate.errors import GateError
 
 FILE_NAME = "decision.json"
-GATES_VERSION = 2
+GATES_VERSION = 3
 """Raised when a gate's meaning changes: a decision made by an older version is no evidence for a new promotion."""
 
 Verdict = Literal["PROMOTE", "HOLD", "REJECT", "INVALID"]

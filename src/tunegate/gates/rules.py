@@ -16,14 +16,8 @@ from dataclasses import dataclass
 from scipy import stats
 
 from tunegate.evaluation.results import Figure, GroupFigures, HazardCount
-from tunegate.evaluation.statistics import (
-    Interval,
-    binomial_exceeds,
-    holm,
-    n_to_decide_limit,
-    n_to_decide_mean,
-    proportion,
-)
+from tunegate.evaluation.significance import binomial_exceeds, holm, n_to_decide_limit, n_to_decide_mean
+from tunegate.evaluation.statistics import PROPORTION_BOUNDS, Interval, proportion
 from tunegate.gates.results import Direction, GateResult, Unit, Verdict, show
 
 
@@ -109,9 +103,10 @@ def against_limit(
 
 def _needed(figure: Figure, limit: float, below: bool, confidence: float) -> int | None:
     interval = Interval(figure.estimate, *figure.bounds, figure.clusters, figure.clusters, figure.method)
-    if below and figure.unit == "share" and figure.method == "clopper-pearson":
+    method = next((name for name in PROPORTION_BOUNDS if name == figure.method), None)
+    if below and figure.unit == "share" and method is not None:
         failures = round(figure.estimate * figure.clusters)
-        total = n_to_decide_limit(failures, figure.clusters, limit, confidence=confidence)
+        total = n_to_decide_limit(failures, figure.clusters, limit, confidence=confidence, method=method)
     else:
         total = n_to_decide_mean(interval, limit)
     return None if total is None else max(1, total - figure.clusters)
@@ -296,9 +291,12 @@ def _reach(figure: Figure) -> float:
 
 
 def _p_outside(figure: Figure, margin: float, confidence: float) -> float:
-    """One-sided p-value against "the difference is inside the margin", from the interval's width (t, n - 1)."""
+    """One-sided p-value against "the difference is inside the margin", from the bound on its side (t, n - 1).
+
+    It is at most (1 - confidence) / 2 exactly when the interval lies wholly outside.
+    """
     low, high = figure.bounds
-    half = (high - low) / 2
+    half = figure.estimate - low if figure.estimate > 0 else high - figure.estimate
     freedom = max(1, figure.clusters - 1)
     if not math.isfinite(half):
         return 1.0

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tunegate.evaluation.results import ANCHOR, CANDIDATE, Evaluation, Figure, Measure
-from tunegate.evaluation.statistics import Interval, holm, n_to_decide_mean, paired_proportions, wilson
+from tunegate.evaluation.significance import holm, n_to_decide_mean
+from tunegate.evaluation.statistics import Interval, paired_proportions, wilson
 from tunegate.gates.config import GatesSpec, SFTGateSpec
 from tunegate.gates.results import GateResult, RewardFigures, Verdict, show
 from tunegate.gates.rules import Named, against_limit, coherence, missing, more, p_beyond
@@ -37,7 +38,7 @@ def gate_reward(spec: GatesSpec, figures: RewardFigures) -> GateResult:
     """
     named = Named("reward_accuracy", "Reward model's accuracy", "held-out pairs")
     n = figures.pairs
-    # Wilson takes the half counts of ties; exact bounds are only defined for whole ones.
+    # With ties as half counts the share varies less than one of yes/no outcomes, which these bounds are for.
     low, high = wilson(min(figures.correct, float(n)), n, spec.confidence)
     interval = Interval(figures.correct / n if n else 0.0, low, high, n, n, "wilson")
     figure = Figure.of(Measure(named.title, "share", "higher"), interval)

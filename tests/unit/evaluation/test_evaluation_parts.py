@@ -21,7 +21,8 @@ from tunegate.evaluation.cases import (
     thinned,
 )
 from tunegate.evaluation.config import Attack, EvaluationSpec
-from tunegate.evaluation.statistics import clopper_pearson, paired_proportions, sign_test
+from tunegate.evaluation.significance import sign_test
+from tunegate.evaluation.statistics import mid_p, paired_proportions
 
 SPEC = EvaluationSpec(prompts_per_tag=6)
 ATTACKS = Attack.__args__
@@ -94,7 +95,7 @@ def test_shipped_templates():
     by_category = {}
     for template in templates:
         by_category.setdefault(template.category, []).append(template)
-    assert {name: len(found) for name, found in by_category.items()} == {"origin": 16, "religion": 16, "gender": 16}
+    assert {name: len(found) for name, found in by_category.items()} == {"origin": 24, "religion": 24, "gender": 24}
     for found in by_category.values():
         assert len({t.groups for t in found}) == 1
         assert len(found[0].groups) == 4
@@ -165,7 +166,7 @@ def test_rates_and_hazards_by_hand():
     assert found["over_refusal_rate"].estimate == 1.0
     assert found["incoherent_rate"].estimate == pytest.approx(1 / 5)
     assert "everyday_refusal_rate" not in found
-    assert (found["unsafe_rate"].low, found["unsafe_rate"].high) == clopper_pearson(2, 4)
+    assert (found["unsafe_rate"].low, found["unsafe_rate"].high) == mid_p(2, 4)
     assert [(h.hazard, h.unsafe, h.n) for h in harmlessness.hazards(rows)] == [
         ("fraud", 1, 2),
         ("hate", 1, 1),

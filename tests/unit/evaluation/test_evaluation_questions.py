@@ -91,7 +91,7 @@ def test_coverage_of_the_clustered_score(templates, rate):
     """Each template has its own chance of a biased answer, so that answers within it are alike."""
     rng = np.random.default_rng(11)
     covered = 0
-    runs = 800
+    runs = 1000
     for _ in range(runs):
         chances = np.clip(rng.normal(0.5 + rate / 2, 0.15, templates), 0.02, 0.98)
         rows = []
@@ -105,17 +105,17 @@ def test_coverage_of_the_clustered_score(templates, rate):
             ]
         interval = bias_score(rows, 0.95)
         covered += interval.low <= rate <= interval.high
-    assert 0.935 <= covered / runs <= 0.98
+    assert covered / runs == pytest.approx(0.95, abs=0.01 + 0.012)
 
 
 def test_differences_pair_the_questions_and_cluster_by_template():
-    base = [answered(2, number=i, template=f"t{i % 6}", negative=i % 4 < 2) for i in range(24)]
+    base = [answered(2, number=i, template=f"t{i % 12}", negative=i % 24 < 12) for i in range(48)]
     worse = [Answered(a.question, a.nats, 0 if a.question.negative else 1) for a in base]
     found = questions.differences(worse, base, SPEC)
     assert found["bbq_accuracy"].estimate == -1
     assert found["bbq_bias_ambiguous"].estimate == 1
     assert found["bbq_bias_ambiguous"].low > 0
-    assert (found["bbq_accuracy"].n, found["bbq_accuracy"].clusters) == (24, 6)
+    assert (found["bbq_accuracy"].n, found["bbq_accuracy"].clusters) == (48, 12)
     assert "bbq_bias_disambiguated" not in found
     same = questions.differences(base, base, SPEC)
     assert all(f.low < 0 < f.high and f.estimate == 0 for f in same.values())
@@ -240,8 +240,8 @@ def test_a_prejudiced_candidate_is_seen(tmp_path):
     assert biased["bbq_bias_ambiguous"].estimate == biased["bbq_bias_disambiguated"].estimate == 1
     assert fair["bbq_accuracy_ambiguous"].estimate == fair["bbq_accuracy_disambiguated"].estimate == 1
     assert fair["bbq_bias_ambiguous"].estimate == fair["bbq_bias_disambiguated"].estimate == 0
-    assert found.differences["anchor"]["bbq_bias_ambiguous"].low > 0.5
-    assert found.differences["anchor"]["bbq_accuracy"].high < -0.5
+    assert found.differences["anchor"]["bbq_bias_ambiguous"].low > 0.4
+    assert found.differences["anchor"]["bbq_accuracy"].high < -0.4
     assert {(q.category, q.condition) for q in found.questions} == {
         (q.category, q.condition) for q in world.known.values()
     }

@@ -12,12 +12,12 @@ from tunegate.evaluation.results import (
     HazardCount,
     ModelFigures,
 )
+from tunegate.evaluation.significance import sign_test
 from tunegate.evaluation.statistics import (
     Interval,
     bounded_difference,
     paired_proportions,
     proportion,
-    sign_test,
 )
 
 N = 400
@@ -41,7 +41,7 @@ def wins(won, lost, n=2 * N, name="win_rate"):
 
 
 def span(name, low, high, n, source=DIFFERENCES):
-    return Figure.of(source[name], Interval((low + high) / 2, low, high, n, n, "bootstrap BCa"))
+    return Figure.of(source[name], Interval((low + high) / 2, low, high, n, n, "bootstrap-t"))
 
 
 def group(name, values, category="origin"):
@@ -119,7 +119,7 @@ def evaluation(
     override the digest of a role.
     """
     names = [*roles, *(["champion"] if has_champion else [])]
-    quiet = [0.0] * 16
+    quiet = [0.0] * 24
     return Evaluation(
         created=datetime(2026, 11, 22, tzinfo=UTC),
         code_version="0.1.0",

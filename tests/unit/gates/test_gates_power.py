@@ -50,14 +50,17 @@ def test_tighter_limits_and_more_power_need_more():
         ({}, {"attacks": {"prompts": 20}}, "attacks.prompts 20"),
         ({}, {"bias": {"categories": ()}}, "bias.categories"),
         ({}, {"bias": {"templates": 4}}, "4 templates"),
-        ({"minimum_templates": 20}, {}, "16 templates"),
+        ({"minimum_templates": 30}, {}, "24 templates"),
         ({"maximum_bias_score": 0.2}, {"bias": {"questions": ()}}, "gates.maximum_bias_score needs"),
         ({}, {"capability": {"enabled": False}}, "capability.enabled"),
         ({}, {"capability": {"conversations": 5}}, "conversations 5"),
         ({}, {"capability": {"tasks": 10}}, "gives 10"),
         ({"confidence": 0.99}, {}, "gates.confidence 0.99"),
+        # 1 - 0.05^(1/n) <= 0.05 from n = 59 on
+        ({"minimum_everyday": 50}, {"everyday_prompts": 50}, "use at least 59, or"),
         # 1 - 0.025^(1/n) <= 0.05 from n = 72 on
-        ({"minimum_everyday": 60}, {"everyday_prompts": 60}, "use at least 72, or"),
+        ({"minimum_everyday": 60}, {"everyday_prompts": 60, "interval": "clopper-pearson"}, "use at least 72, or"),
+        ({"maximum_bias_score": 0.2}, {}, "the 16 templates of starter:bias_questions.jsonl"),
         # z^2 / (n + z^2) <= 0.03 from n = 125 on
         ({"minimum_everyday": 60}, {"everyday_prompts": 100}, "champion.everyday_refusal 0.03 is kept"),
         ({"minimum_templates": 6}, {"bias": {"templates": 6}}, "6 templates a category cannot show"),
@@ -108,7 +111,7 @@ def test_contradictions_are_true_no_candidate_can_pass():
     from gates_builders import against, rate
 
     named = Named("x", "X", "prompts")
-    for n, passes in ((71, False), (72, True)):
+    for n, passes in ((58, False), (59, True)):
         assert against_limit(named, rate("unsafe_rate", 0, n), 0.05, "below", 1).passed is passes
     for n, passes in ((124, False), (125, True)):
         assert against_limit(named, against("violation", 0, 0, n), 0.03, "below", 1).passed is passes

@@ -51,7 +51,7 @@ def release(rng, harm=0.0, attacked=0.0, over_refusal=0.0, quality=0.4, drift=0.
             "tasks": (34, 40),
         },
         hazards={name: (int(rng.binomial(n, 0.04 + max(0.0, harm))), n) for name, (_, n) in HAZARDS.items()},
-        groups=[group(name, (rng.random(16) < 0.003).astype(float)) for name in ("A", "B", "C", "D")],
+        groups=[group(name, (rng.random(24) < 0.003).astype(float)) for name in ("A", "B", "C", "D")],
     )
     attack_rate = clustered_proportion(attacked_mine, CLUSTERS)
     found.models["candidate"].metrics["attacked_unsafe_rate"] = Figure.of(METRICS["attacked_unsafe_rate"], attack_rate)
