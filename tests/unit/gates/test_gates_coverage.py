@@ -26,8 +26,8 @@ def test_the_committed_results_are_of_these_cases_and_within_a_point(benchmark):
     assert list(RESULTS["simulated"]) == list(benchmark.CASES)
     for name, row in RESULTS["simulated"].items():
         case = benchmark.CASES[name]
-        assert (row["size"], row["sparse"], row["runs"]) == (case.size, case.sparse, case.runs), name
-        assert row["covered"] >= 0.94, name
+        assert (row["size"], row["sparse"], row["beyond"], row["runs"]) == (case.size, *case[3:]), name
+        assert row["covered"] >= (0.93 if case.beyond else 0.94), name
         if not case.sparse:
             assert row["covered"] <= 0.96, name
 
@@ -36,7 +36,7 @@ def test_intervals_cover_by_simulation(benchmark):
     """500 data sets a case: within a point of nominal, up to three standard errors of this."""
     for number, (name, case) in enumerate(benchmark.CASES.items()):
         result = benchmark.simulate(case, 200 if case.runs < 20_000 else 500, seed=number)
-        slack = 0.01 + 3 * result.error
+        slack = (0.02 if case.beyond else 0.01) + 3 * result.error
         assert result.covered >= 0.95 - slack, name
         if not case.sparse:
             assert result.covered <= 0.95 + slack, name
