@@ -151,6 +151,7 @@ class TableWriter:
         if self._batches:
             self._writer.write_table(pa.Table.from_batches(self._batches).combine_chunks())
             self._batches, self._pending = [], 0
+            pa.default_memory_pool().release_unused()
 
 
 def read_batches(
@@ -166,8 +167,12 @@ def read_batches(
         columns: Only these; None: all.
         groups: Only these row groups, in this order; None: all.
     """
+    import pyarrow as pa
+
     for group in range(file.metadata.num_row_groups) if groups is None else groups:
         yield from file.iter_batches(batch_size=rows, columns=columns, row_groups=[group])
+        # The allocator would keep more freed pages the longer it runs.
+        pa.default_memory_pool().release_unused()
 
 
 def quarantine_row(
