@@ -563,7 +563,7 @@ def evaluation() -> Evaluation:
         ],
         groups=[
             GroupFigures(
-                category="age", group=g, refusal=figure(swap, v, 0.05, 12), reward=figure(gain, v * 4, 0.3, 12)
+                category="age", group=g, refusal=figure(swap, v, 0.05, 24), reward=figure(gain, v * 4, 0.3, 24)
             )
             for g, v in (("young", -0.01), ("old", 0.01))
         ],
