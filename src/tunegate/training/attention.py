@@ -91,12 +91,26 @@ def short_attention(
     # Key-value head k serves query heads k G .. k G + G - 1, which are neighbours, so stacking is a reshape.
     query_BgTD = query_BHTD.reshape(rows * groups, stacked, width)
     key_BgTD = key_BKTD.reshape(rows * groups, length, width)
-    bias = _bias(attention_mask, length, query_BHTD).repeat(1, heads // groups, 1)
-    bias = bias[:, None].expand(rows, groups, stacked, length).reshape(-1, stacked, length)
+    bias = stacked_bias(attention_mask, rows, length, groups, heads // groups, query_BHTD)
     scale = width**-0.5 if scaling is None else scaling
     weights_BgTT = torch.baddbmm(bias, query_BgTD, key_BgTD.transpose(1, 2), alpha=scale).softmax(-1)
     mixed_BgTD = torch.bmm(weights_BgTT, value_BKTD.reshape(rows * groups, length, width))
     return mixed_BgTD.view(rows, heads, length, width).transpose(1, 2), None
+
+
+def stacked_bias(mask: Tensor | None, rows: int, length: int, groups: int, heads: int, like: Tensor) -> Tensor:
+    """What is added to the scores of stacked query heads, [B K, G T, T].
+
+    Args:
+        mask: As `short_attention` takes it.
+        rows: B.
+        length: T.
+        groups: K.
+        heads: G.
+        like: Says the number format and the device.
+    """
+    bias = _bias(mask, length, like).repeat(1, heads, 1)
+    return bias[:, None].expand(rows, groups, heads * length, length).reshape(-1, heads * length, length)
 
 
 def _bias(mask: Tensor | None, length: int, like: Tensor) -> Tensor:

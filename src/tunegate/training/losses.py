@@ -174,7 +174,7 @@ class _TrainedHeadLogprobs(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None, None, None]:
         hidden_ND, probabilities_NV, tokens_N = ctx.saved_tensors
         scaled_N1 = grad_outputs[0][:, None] / ctx.temperature
-        gradient_NV = probabilities_NV * -scaled_N1
+        gradient_NV = probabilities_NV.mul_(-scaled_N1)  # nobody else has them, and no second pass asks for them
         gradient_NV.scatter_add_(1, tokens_N[:, None], scaled_N1)
         add_product(ctx.weight_VD, gradient_NV, hidden_ND)
         return gradient_NV @ ctx.weight_VD.detach(), None, None, None

@@ -28,6 +28,7 @@ from tunegate.training.attention import register
 from tunegate.training.batching import Batch, visible_keys
 from tunegate.training.chat import PLAIN_TEMPLATE, Chat
 from tunegate.training.config import BUNDLED_MODEL, TINY_MODEL, Attention, ModelSpec, Precision
+from tunegate.training.layer import use_fast_layers, without_padding
 from tunegate.training.measure import reuse_memory
 from tunegate.training.norm import use_fast_norms
 from tunegate.training.results import ModelFacts
@@ -197,13 +198,22 @@ def hidden_states(model: Any, batch: Batch, *, embeddings_BTD: Tensor | None = N
     """Last hidden states [B, T, D] of right-padded or packed rows.
 
     Right-padded rows get no attention mask: in a causal model no real token can see the padding after it, and without
-    a mask the fast causal kernels apply. Values at padding positions are meaningless.
+    a mask the fast causal kernels apply. On CPUs their padding is left out where the layers allow it. Values at
+    padding positions are meaningless.
 
     Args:
         model: A causal model or a sequence scorer.
         batch: From `pad_right` or `packed_batch`, on the model's device.
         embeddings_BTD: Replaces the embeddings of `batch.ids_BT`, when given.
     """
+    flat = without_padding(model, batch) if batch.segments_BT is None else None
+    if flat is not None:
+        flat["input_ids" if embeddings_BTD is None else "inputs_embeds"] = (
+            batch.ids_BT if embeddings_BTD is None else embeddings_BTD
+        )[batch.mask_BT][None]
+        hidden_1ND: Tensor = trunk_of(model)(**flat, use_cache=False).last_hidden_state
+        padded_BTD = hidden_1ND.new_zeros(*batch.ids_BT.shape, hidden_1ND.shape[-1])
+        return padded_BTD.index_put((batch.mask_BT,), hidden_1ND[0])
     inputs: dict[str, Any] = {"inputs_embeds": embeddings_BTD} if embeddings_BTD is not None else {}
     if embeddings_BTD is None:
         inputs["input_ids"] = batch.ids_BT
@@ -304,6 +314,7 @@ def _load(
         reuse_memory()
         use_fast_norms(model)
         use_direct_gradients(model)
+        use_fast_layers(model)
     return model.to(device).eval()
 
 

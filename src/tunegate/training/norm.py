@@ -43,7 +43,7 @@ def _agrees(module: nn.Module) -> bool:
         return False
     generator = torch.Generator().manual_seed(0)
     hidden_ND = torch.randn(4, len(weight_D), generator=generator).to(weight_D)
-    return torch.equal(module(hidden_ND), _normalise(hidden_ND, weight_D, _epsilon(module))[0])
+    return torch.equal(module(hidden_ND), normalise(hidden_ND, weight_D, _epsilon(module))[0])
 
 
 def _epsilon(module: Any) -> float:
@@ -62,25 +62,52 @@ def _fast(own: type[nn.Module]) -> type[nn.Module]:
         if torch.is_grad_enabled() and (hidden_states.requires_grad or self.weight.requires_grad):
             found: Tensor = _RMSNorm.apply(hidden_states, self.weight, _epsilon(self))  # type: ignore[no-untyped-call]
             return found
-        return _normalise(hidden_states, self.weight, _epsilon(self))[0]  # type: ignore[arg-type]
+        return normalise(hidden_states, self.weight, _epsilon(self))[0]  # type: ignore[arg-type]
 
     _CLASSES[own] = type(own.__name__, (own,), {"forward": forward, "__module__": own.__module__})
     return _CLASSES[own]
 
 
-def _normalise(hidden: Tensor, weight_D: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """The normalised input, and 1 / sqrt(mean(x^2) + eps) of each token."""
+def normalise(hidden: Tensor, weight_D: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Apply the norm: the normalised input, and r = 1 / sqrt(mean(x^2) + eps) of each token."""
     wide = hidden.float()
     scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
-    return weight_D * (wide * scale).to(hidden.dtype), scale
+    return rescaled(hidden, weight_D, scale), scale
+
+
+def rescaled(hidden: Tensor, weight_D: Tensor, scale: Tensor) -> Tensor:
+    """The normalised input w x r, rounded as transformers rounds it, from what `normalise` found."""
+    return (hidden.float() * scale).to(hidden.dtype).mul_(weight_D)
+
+
+def normalise_backward(
+    gradient_ND: Tensor, hidden_ND: Tensor, weight_D: Tensor, scale_N1: Tensor, needs_weight: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of `normalise`: with y = w * x r they are dx = r (w g - x r mean(w g x r)) and dw = sum(g x r).
+
+    Args:
+        gradient_ND: g.
+        hidden_ND: x.
+        weight_D: w.
+        scale_N1: r, in fp32.
+        needs_weight: False leaves dw out.
+
+    Returns:
+        dx, and dw or None.
+    """
+    unit_ND = hidden_ND * scale_N1 if hidden_ND.dtype == torch.float32 else hidden_ND.float().mul_(scale_N1)
+    wide_ND = gradient_ND.to(torch.float32, copy=True)
+    product_ND = wide_ND * unit_ND
+    weight_grad_D = product_ND.sum(0).to(weight_D.dtype) if needs_weight else None
+    mean_N1 = (product_ND @ weight_D.float()[:, None]).div_(hidden_ND.shape[-1])
+    hidden_grad_ND = wide_ND.mul_(weight_D.float()).addcmul_(unit_ND, mean_N1, value=-1.0).mul_(scale_N1)
+    return hidden_grad_ND.to(hidden_ND.dtype), weight_grad_D
 
 
 class _RMSNorm(torch.autograd.Function):
-    """With y = w * x r, r = (mean(x^2) + eps)^(-1/2): dw = sum(g x r), dx = r (w g - x r mean(w g x r))."""
-
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
-        normalised, scale = _normalise(hidden, weight_D, epsilon)
+        normalised, scale = normalise(hidden, weight_D, epsilon)
         ctx.save_for_backward(hidden, weight_D, scale)
         return normalised
 
@@ -88,15 +115,11 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
         hidden, weight_D, scale = ctx.saved_tensors
         width = hidden.shape[-1]
-        scale_N1 = scale.view(-1, 1)
-        unit_ND = (
-            hidden.float().reshape(-1, width).mul_(scale_N1)
-            if hidden.dtype != torch.float32
-            else (hidden.reshape(-1, width) * scale_N1)
+        hidden_grad_ND, weight_grad_D = normalise_backward(
+            gradient.reshape(-1, width),
+            hidden.reshape(-1, width),
+            weight_D,
+            scale.view(-1, 1),
+            ctx.needs_input_grad[1],
         )
-        wide_ND = gradient.reshape(-1, width).to(torch.float32, copy=True)
-        product_ND = wide_ND * unit_ND
-        weight_grad_D = product_ND.sum(0).to(weight_D.dtype) if ctx.needs_input_grad[1] else None
-        mean_N1 = (product_ND @ weight_D.float()[:, None]).div_(width)
-        hidden_grad_ND = wide_ND.mul_(weight_D.float()).addcmul_(unit_ND, mean_N1, value=-1.0).mul_(scale_N1)
-        return hidden_grad_ND.to(hidden.dtype).view_as(hidden), weight_grad_D, None
+        return hidden_grad_ND.view_as(hidden), weight_grad_D, None
