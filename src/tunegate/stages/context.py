@@ -21,6 +21,7 @@ from tunegate.storage.manifest import code_digest, digest_json, verify, write_ma
 from tunegate.storage.runs import OutputRef, RunStore, StageRecord, list_runs, now
 from tunegate.storage.stores import link_tree, open_store
 from tunegate.training.mirror import Mirror
+from tunegate.training.onednn import limit_product_cache
 
 if TYPE_CHECKING:
     from tunegate.tracking.tracker import Tracker
@@ -29,9 +30,7 @@ SPEC_FILE = "spec.json"
 _TRAINING = frozenset({"sft", "reward", "ppo"})
 """The stages that write checkpoints."""
 
-# oneDNN keeps up to 1024 compiled matrix products with their scratch memory. Batches of ever new lengths fill it:
-# 22 steps of SFT of a 135M model took 4.9 GB with 16 entries and over 6 GB with the default, at the same speed.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
+limit_product_cache()
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from tunegate.training.config import BUNDLED_MODEL, TINY_MODEL, Attention, Model
 from tunegate.training.layer import use_fast_layers, without_padding
 from tunegate.training.measure import reuse_memory
 from tunegate.training.norm import use_fast_norms
+from tunegate.training.onednn import limit_product_cache
 from tunegate.training.results import ModelFacts
 
 RUNTIME_FILE = "runtime.json"
@@ -311,6 +312,7 @@ def _load(
                 fix="check config.json, the weights and model.attention",
             ) from error
     if device.type == "cpu":
+        limit_product_cache()
         reuse_memory()
         use_fast_norms(model)
         use_direct_gradients(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from tunegate.training import accumulation, losses
 from tunegate.training.accumulation import accumulate, use_direct_gradients
 from tunegate.training.config import OptimizerSpec
 from tunegate.training.losses import Head, token_logprobs
-from tunegate.training.models import checkpoint_activations
+from tunegate.training.models import checkpoint_activations, load_causal_lm
 from tunegate.training.norm import use_fast_norms
 from tunegate.training.optim import Optimizer
 
@@ -240,3 +241,12 @@ for line in open("/proc/self/smaps"):
 def test_tensors_lie_where_huge_pages_were_asked_for() -> None:
     done = subprocess.run([sys.executable, "-c", _PAGES], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True"]
+
+
+def test_loading_a_model_limits_what_onednn_keeps(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    load_causal_lm(tiny_model)
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "32"
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
+    load_causal_lm(tiny_model)
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7"
