@@ -20,8 +20,9 @@ from tunegate.observer import NullObserver, Observer
 from tunegate.training.batching import pad_left, token_budget_batches
 from tunegate.training.chat import Chat
 from tunegate.training.config import Precision
+from tunegate.training.decoding import next_logits, start
 from tunegate.training.losses import Head
-from tunegate.training.models import effective_max_length, load_causal_lm, trunk_of
+from tunegate.training.models import effective_max_length, load_causal_lm
 from tunegate.training.ppo_config import SamplingSpec
 from tunegate.training.sampling import draw, row_noise
 
@@ -155,8 +156,6 @@ class Generator:
     @torch.inference_mode()
     def _decode(self, rows: Sequence[Sequence[int]], noise_BT: Tensor, sampling: SamplingSpec) -> list[Completion]:
         """Decode one batch; finished rows leave it."""
-        from transformers import DynamicCache
-
         device = next(self.model.parameters()).device
         prompt = pad_left(rows, self.chat.pad_id).to(device)
         steps = sampling.max_new_tokens
@@ -168,10 +167,8 @@ class Generator:
         # Everything below is of the rows still being decoded; `live_B` says which rows of the batch they are.
         live_B = torch.arange(len(rows), device=device)
         open_B = torch.ones(len(rows), dtype=torch.bool, device=device)
-        mask_BT = torch.nn.functional.pad(prompt.mask_BT.long(), (0, steps), value=1)
-        position_B1 = prompt.positions_BT[:, -1:]
-        cache = DynamicCache(config=self.model.config)
-        logits_BV = self._next_logits(prompt.ids_BT, prompt.mask_BT.long(), prompt.positions_BT, cache)
+        decoding = start(self.model, prompt, steps)
+        logits_BV = self._logits(decoding.prefill())
         for step in range(steps):
             token_B, logprob_B = draw(
                 logits_BV,
@@ -189,26 +186,16 @@ class Generator:
                 break
             if still_open <= (1.0 - COMPACT_SHARE) * len(live_B):
                 kept = open_B.nonzero()[:, 0]
-                cache.batch_select_indices(kept)
-                live_B, mask_BT, position_B1 = live_B[kept], mask_BT[kept], position_B1[kept]
-                token_B, open_B = token_B[kept], open_B[kept]
-            position_B1 = position_B1 + 1
-            width = prompt.ids_BT.shape[1] + step + 1
-            logits_BV = self._next_logits(token_B[:, None], mask_BT[:, :width], position_B1, cache)
+                decoding.keep(kept)
+                live_B, token_B, open_B = live_B[kept], token_B[kept], open_B[kept]
+            logits_BV = self._logits(decoding.step(token_B))
         return self._completions(rows, tokens_BT.tolist(), logprobs_BT.tolist())
 
-    def _next_logits(self, ids_BT: Tensor, mask_BT: Tensor, positions_BT: Tensor, cache: Any) -> Tensor:
-        """Logits after the last column, in fp32, [B, V]; the head sees no other position."""
-        output = trunk_of(self.model)(
-            input_ids=ids_BT,
-            attention_mask=mask_BT,
-            position_ids=positions_BT,
-            past_key_values=cache,
-            use_cache=True,
-        )
+    def _logits(self, hidden_BD: Tensor) -> Tensor:
+        """Logits of the next token, in fp32, [B, V]."""
         if self._head is None:
             self._head = Head.of(self.model)
-        return self._head.logits(output.last_hidden_state[:, -1])
+        return next_logits(self._head, hidden_BD)
 
     def _completions(
         self, rows: Sequence[Sequence[int]], tokens: list[list[int]], logprobs: list[list[float]]

@@ -50,7 +50,7 @@ def draw(
     if temperature == 0.0:
         tokens_B = logits_BV.argmax(dim=-1)
         return tokens_B, _selected(logits_BV, tokens_B) - logits_BV.logsumexp(dim=-1)
-    scaled_BV = logits_BV / temperature
+    scaled_BV = logits_BV if temperature == 1.0 else logits_BV / temperature
     if top_k > 0 or top_p < 1.0:
         scaled_BV = _truncate(scaled_BV, top_p, top_k)
     weights_BV = torch.softmax(scaled_BV, dim=-1)
@@ -78,13 +78,16 @@ def _truncate(scaled_BV: Tensor, top_p: float, top_k: int) -> Tensor:
 
 
 def _invert(weights_BV: Tensor, noise_B: Tensor) -> Tensor:
-    """The token at which the cumulated weights pass noise x total, in fp64 sums of fp32 weights."""
+    """The token at which the cumulated weights pass noise x total.
+
+    The sums of chunks are fp32 (their error is that of the weights themselves), what they add up to is fp64.
+    """
     rows, vocabulary = weights_BV.shape
     missing = -vocabulary % _CHUNK
     if missing:
         weights_BV = torch.nn.functional.pad(weights_BV, (0, missing))
     weights_BCW = weights_BV.view(rows, -1, _CHUNK)
-    chunk_ends_BC = weights_BCW.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    chunk_ends_BC = weights_BCW.sum(dim=-1).double().cumsum(dim=-1)
     total_B = chunk_ends_BC[:, -1]
     below_B = torch.nextafter(total_B, torch.zeros_like(total_B))  # noise x total may round up to the total itself
     threshold_B1 = torch.minimum(noise_B.to(total_B) * total_B, below_B)[:, None]

@@ -87,13 +87,13 @@ def test_finished_rows_leave_without_a_trace(generator, monkeypatch, share):
     expected = [c.token_ids for c in generator.generate(PROMPTS * 4, SAMPLING, seed=7)]
     assert len({len(ids) for ids in expected}) > 2  # they do end at different times
     widths: list[int] = []
-    original = Generator._next_logits
+    original = Generator._logits
 
-    def spy(self, ids_BT, *rest):
-        widths.append(ids_BT.shape[0])
-        return original(self, ids_BT, *rest)
+    def spy(self, hidden_BD):
+        widths.append(hidden_BD.shape[0])
+        return original(self, hidden_BD)
 
-    monkeypatch.setattr(Generator, "_next_logits", spy)
+    monkeypatch.setattr(Generator, "_logits", spy)
     monkeypatch.setattr("tunegate.training.rollout.COMPACT_SHARE", share)
     assert [c.token_ids for c in generator.generate(PROMPTS * 4, SAMPLING, seed=7)] == expected
     assert (min(widths) < 20) == (share < 1.0)
