@@ -453,6 +453,7 @@ class _Run:
                 completions,
                 temperature=spec.temperature,
                 keep_reference_features=shared and not all(reads.values()),
+                keep_first_pass=seed[1] == _ROLLOUT and self._first_pass_serves,
             )
             rollout.sources = [prompts[number].source for number in numbers]
             for name in self.signals:
@@ -466,6 +467,13 @@ class _Run:
                 scores_B = torch.as_tensor(scorer.combined(raw_KB), dtype=torch.float32, device=policy.device)
                 rollout.signals[name] = Signal(scores_B, features)
         return rollout
+
+    @property
+    def _first_pass_serves(self) -> bool:
+        """True if the update's first step takes the whole rollout, with no more than log-probabilities asked of it."""
+        spec = self.spec
+        in_lockstep = self.policy.sharded or any(learner.critic.sharded for learner in self.state.learners.values())
+        return spec.minibatches == 1 and spec.entropy_coefficient == 0.0 and not in_lockstep
 
     def _standardise(self, raw_KB: np.ndarray) -> None:
         """Set the scale of the scores from the reference's responses."""

@@ -23,7 +23,7 @@ from tunegate.training.advantages import ensemble_scores
 from tunegate.training.batching import length_mask, pad_right, token_budget_batches
 from tunegate.training.chat import Chat
 from tunegate.training.critic import Critic, Features
-from tunegate.training.losses import logprobs_and_entropy
+from tunegate.training.losses import logprobs_and_entropy, token_logprobs
 from tunegate.training.models import hidden_states
 from tunegate.training.policy import Policy, ResponseBatch
 from tunegate.training.ppo_config import EnsembleSpec
@@ -61,6 +61,21 @@ class Signal:
         return [self.features[row] for row in rows] if self.features else []
 
 
+@dataclass(frozen=True, slots=True)
+class FirstPass:
+    """The policy's forward pass over a whole rollout, with what its gradient needs.
+
+    The first step of an update reads the rollout with the very weights that drew it, so it need not be run again.
+
+    Attributes:
+        rows: The rows, in the order of the pass.
+        logprobs_N: log pi of their response tokens, differentiable.
+    """
+
+    rows: list[int]
+    logprobs_N: Tensor
+
+
 @dataclass
 class Rollout:
     """Responses and what is known about them; frozen while an update makes its passes.
@@ -78,6 +93,7 @@ class Rollout:
         reference_features: The reference's hidden states at the response tokens, for a critic that reads them.
         sources: Where each prompt is from.
         signals: What reward and cost say.
+        first_pass: The forward pass behind `old_logprobs_BT`, until the update's first step has used it.
     """
 
     prompts: list[list[int]]
@@ -92,6 +108,7 @@ class Rollout:
     reference_features: list[Features]
     sources: list[str] = field(default_factory=list)
     signals: dict[str, Signal] = field(default_factory=dict)
+    first_pass: FirstPass | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -142,6 +159,7 @@ def score_policy(
     temperature: float,
     keep_stems: bool = True,
     keep_reference_features: bool = False,
+    keep_first_pass: bool = False,
 ) -> Rollout:
     """Log-probabilities of responses under policy and reference, recomputed by the forward pass that training uses.
 
@@ -152,6 +170,8 @@ def score_policy(
         temperature: That they were drawn at.
         keep_stems: Keep what updates need; an evaluation does not.
         keep_reference_features: Keep the reference's hidden states for a critic.
+        keep_first_pass: Keep the policy's forward pass for the first step of the update, where one microbatch holds the
+            whole rollout.
     """
     device = policy.device
     lengths = [len(completion.token_ids) for completion in completions]
@@ -175,12 +195,20 @@ def score_policy(
     by_row: dict[int, Features] = {}
     head = policy.head()
     # The batches are those of an update with one minibatch, so that its first ratio is 1 to the last bit.
-    for rows in token_budget_batches(rollout.row_lengths, policy.spec.microbatch_tokens):
+    groups = token_budget_batches(rollout.row_lengths, policy.spec.microbatch_tokens)
+    for rows in groups:
         batch = rollout.batch(rows, policy.chat.pad_id)
         reference_BTD, stem_BTD = policy.reference_hidden(batch.batch)
         reference_ND = batch.predictors(reference_BTD)
-        hidden_ND = batch.predictors(policy.hidden(batch.batch, stem_BTD))
-        old_N, entropy_N = logprobs_and_entropy(hidden_ND, head, batch.tokens_N, temperature)
+        with torch.set_grad_enabled(keep_first_pass and len(groups) == 1):
+            hidden_ND = batch.predictors(policy.hidden(batch.batch, stem_BTD))
+            if torch.is_grad_enabled():
+                rollout.first_pass = FirstPass(
+                    rows, token_logprobs(hidden_ND, policy.head(), batch.tokens_N, temperature)
+                )
+        old_N, entropy_N = logprobs_and_entropy(hidden_ND.detach(), head, batch.tokens_N, temperature)
+        if rollout.first_pass is not None:
+            old_N = rollout.first_pass.logprobs_N.detach()
         reference_N, _ = logprobs_and_entropy(
             reference_ND, policy.reference_head(), batch.tokens_N, temperature, entropy=False
         )

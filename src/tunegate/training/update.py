@@ -187,17 +187,21 @@ def ppo_update(
                 ([rows[place] for place in part], weight)
                 for part, weight in in_step(parts, parts[0], needed=in_lockstep)
             ]
-            for micro, weight in micros:
-                batch = rollout.batch(micro, policy.chat.pad_id)
-                hidden_ND = batch.predictors(policy.hidden(batch.batch, rollout.stem(micro)))
-                entropy = torch.zeros((), device=hidden_ND.device)
-                if spec.entropy_coefficient > 0.0:
-                    logprobs_N, entropy_N = logprobs_and_entropy(
-                        hidden_ND, policy.head(), batch.tokens_N, spec.temperature
-                    )
-                    entropy = entropy_N.sum() / tokens
+            first_pass, rollout.first_pass = rollout.first_pass, None
+            for micro, weight in [(first_pass.rows, 1.0)] if first_pass is not None else micros:
+                entropy = torch.zeros((), device=rollout.mask_BT.device)
+                if first_pass is not None:
+                    logprobs_N = first_pass.logprobs_N
                 else:
-                    logprobs_N = token_logprobs(hidden_ND, policy.head(), batch.tokens_N, spec.temperature)
+                    batch = rollout.batch(micro, policy.chat.pad_id)
+                    hidden_ND = batch.predictors(policy.hidden(batch.batch, rollout.stem(micro)))
+                    if spec.entropy_coefficient > 0.0:
+                        logprobs_N, entropy_N = logprobs_and_entropy(
+                            hidden_ND, policy.head(), batch.tokens_N, spec.temperature
+                        )
+                        entropy = entropy_N.sum() / tokens
+                    else:
+                        logprobs_N = token_logprobs(hidden_ND, policy.head(), batch.tokens_N, spec.temperature)
                 surrogate = policy_loss(
                     logprobs_N,
                     rollout.valid(rollout.old_logprobs_BT, micro),

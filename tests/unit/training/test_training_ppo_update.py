@@ -274,6 +274,36 @@ def test_ratio_is_one_before_the_first_step(tiny_model):
     assert figures.clip_fraction == 0.0
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_pass_behind_the_old_log_probabilities_serves_the_first_step(tiny_model, monkeypatch, method):
+    found = {}
+    for kept in (False, True):
+        policy = make_policy(tiny_model, method=method, epochs=2, learning_rate=1e-4, kl={"early_stop": None})
+        rollout = make_rollout(policy, keep_first_pass=kept)
+        assert (rollout.first_pass is not None) == kept
+        passes: list[int] = []
+        original = policy.hidden
+        monkeypatch.setattr(policy, "hidden", lambda *args, run=original, seen=passes: seen.append(1) or run(*args))
+        with monkeypatch.context() as patch:
+            figures, gradients, _ = run_update(policy, rollout, policy.spec, monkeypatch=patch)
+        assert rollout.first_pass is None
+        assert len(passes) == (1 if kept else 2)
+        found[kept] = (figures, gradients)
+    (without, own), (figures, gradients) = found[False], found[True]
+    assert figures.policy_loss == pytest.approx(without.policy_loss, abs=1e-6)
+    assert figures.divergence == pytest.approx(without.divergence, rel=1e-2)
+    for step in range(2):
+        for name, gradient in own[step].items():
+            assert torch.allclose(
+                gradients[step][name], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()) + 1e-9
+            ), name
+
+
+def test_no_pass_is_kept_of_a_rollout_that_takes_several_microbatches(tiny_model):
+    policy = make_policy(tiny_model, microbatch_tokens=64)
+    assert make_rollout(policy, keep_first_pass=True).first_pass is None
+
+
 def test_first_loss_is_minus_the_mean_advantage(tiny_model):
     """A closed form at ratio 1; whitened advantages make it 0."""
     policy = make_policy(tiny_model, whiten_advantages=False)
