@@ -58,7 +58,13 @@ def _trl(stage: str, variant: str, slices: int | None = None) -> Job:
 
 
 SUITES: dict[str, tuple[Job, ...]] = {
-    "ppo": (_ours("ppo", "like"), _trl("ppo", "fp32"), _ours("ppo", "shared"), _trl("ppo", "bf16", 1)),
+    "ppo": (
+        _ours("ppo", "like"),
+        _trl("ppo", "fp32"),
+        _ours("ppo", "shared"),
+        _trl("ppo", "fp32-whole", 1),
+        _trl("ppo", "bf16", 1),
+    ),
     "sft": (
         _ours("sft", "bf16"),
         _trl("sft", "bf16-padded"),

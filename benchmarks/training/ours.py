@@ -72,8 +72,9 @@ def ppo_spec(variant: str, sizes: Sizes) -> PPOSpec:
     """The `ppo` section.
 
     Args:
-        variant: `like` does what the peer does: every weight trained, a separate critic, fp32, microbatches of four
-            rows, no standardisation, no clipping. `shared` is what Tunegate recommends: its defaults.
+        variant: `like` does what the peer does: every weight trained, a separate critic, fp32, no standardisation, no
+            clipping. `shared` is what Tunegate recommends: its defaults. The microbatch is the default in both: it
+            holds the rollout, and changes no gradient.
         sizes: Of the work.
     """
     common = {
@@ -91,7 +92,6 @@ def ppo_spec(variant: str, sizes: Sizes) -> PPOSpec:
         method="full",
         critic="separate",
         precision="fp32",
-        microbatch_tokens=sizes.ppo_micro * (sizes.prompt + sizes.response),
         learning_rate=PPO_LEARNING_RATE,
         critic_learning_rate=PPO_LEARNING_RATE,
         gradient_clip=0.0,

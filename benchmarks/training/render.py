@@ -27,8 +27,8 @@ NAMES = {
     "reward/ours-fp32": "Reward model, fp32",
 }
 PEERS = {
-    "ppo/ours-like": ("ppo/trl-fp32",),
-    "ppo/ours-shared": ("ppo/trl-fp32",),
+    "ppo/ours-like": ("ppo/trl-fp32", "ppo/trl-fp32-whole"),
+    "ppo/ours-shared": ("ppo/trl-fp32", "ppo/trl-fp32-whole"),
     "sft/ours-bf16": ("sft/trl-bf16-padded", "sft/trl-bf16-packed"),
     "sft/ours-fp32": ("sft/trl-fp32-padded", "sft/trl-fp32-packed"),
     "reward/ours-bf16": ("reward/trl-bf16",),
@@ -49,7 +49,7 @@ def table(result: dict[str, Any]) -> str:
         if name not in jobs or not rivals:
             continue
         ours = jobs[name]
-        theirs = max(rivals, key=lambda job: float(job["rate_best"]))  # the better of packed and padded
+        theirs = max(rivals, key=lambda job: float(job["rate_best"]))  # the better of its layouts or microbatches
         unit, inverse = UNITS[ours["unit"]]
         rates = [1 / job["rate_best"] if inverse else job["rate_best"] for job in (ours, theirs)]
         share = f"{ours['share_of_peak']:.0%}" if "share_of_peak" in ours else ""

@@ -1,7 +1,8 @@
-"""One measurement of TRL 1.12's PPO trainer, in its own environment: `python trl_ppo.py --variant fp32|bf16 …`.
+"""One measurement of TRL 1.12's PPO trainer, in its own environment: `python trl_ppo.py --variant … --work … --out …`.
 
 `bf16=True` does nothing in this trainer, so `fp32` is how it runs. `bf16` loads the weights themselves in bf16, which
-also puts Adam's arithmetic into bf16: no setting of the trainer, but the fastest it can be made to run.
+also puts Adam's arithmetic into bf16: no setting of the trainer, but the fastest it can be made to run. `fp32-whole`
+takes the whole rollout in one microbatch, as Tunegate does, instead of four rows at a time.
 """
 
 from __future__ import annotations
@@ -47,13 +48,15 @@ class Watch(TrainerCallback):
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--variant", choices=("fp32", "bf16"), required=True)
+    parser.add_argument("--variant", choices=("fp32", "fp32-whole", "bf16"), required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     sizes = read(given.work / "sizes.json")
-    dtype = torch.float32 if given.variant == "fp32" else torch.bfloat16
-    policy_path, reward_path = given.work / f"policy-{given.variant}", given.work / f"reward-{given.variant}"
+    precision, _, whole = given.variant.partition("-")
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    policy_path, reward_path = given.work / f"policy-{precision}", given.work / f"reward-{precision}"
+    micro = sizes["ppo_batch"] if whole else sizes["ppo_micro"]
     tokenizer = AutoTokenizer.from_pretrained(str(policy_path), padding_side="left")
 
     def policy() -> Any:
@@ -65,8 +68,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         config = PPOConfig(
             output_dir=scratch,
-            per_device_train_batch_size=sizes["ppo_micro"],
-            gradient_accumulation_steps=sizes["ppo_batch"] // sizes["ppo_micro"],
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=sizes["ppo_batch"] // micro,
             num_mini_batches=1,
             num_ppo_epochs=4,
             total_episodes=sizes["ppo_batch"] * sizes["ppo_updates"],
@@ -101,7 +104,7 @@ def main() -> None:
             reward_model=scorer(),
             value_model=scorer(),
             train_dataset=Dataset.from_list(rows),
-            eval_dataset=Dataset.from_list(rows[: sizes["ppo_micro"]]),
+            eval_dataset=Dataset.from_list(rows[:micro]),
             callbacks=[watch],
         )
         trained = _count_tokens(trainer)

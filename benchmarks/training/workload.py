@@ -37,7 +37,7 @@ class Sizes:
         reward_steps: Likewise of the reward model; 16 pairs each.
         ppo_updates: Likewise of PPO.
         ppo_batch: Prompts an update.
-        ppo_micro: Rows that go through the model at once in the like-for-like comparison.
+        ppo_micro: Rows that go through the peer's model at once.
         prompt: Longest prompt (tokens).
         response: Longest response (tokens).
         max_length: Longest conversation, or prompt and response of a pair (tokens).
