@@ -258,4 +258,5 @@ def _normalised(hidden_DB: Tensor, norm: Any) -> Tensor:
     wide_DB = hidden_DB.float()
     scale_1B = torch.linalg.vector_norm(wide_DB, dim=0, keepdim=True)
     scale_1B.square_().mul_(1.0 / len(wide_DB)).add_(norm.variance_epsilon).rsqrt_()
-    return (wide_DB * scale_1B).to(hidden_DB.dtype).mul_(norm.weight[:, None])
+    normalised_DB: Tensor = (wide_DB * scale_1B).to(hidden_DB.dtype).mul_(norm.weight[:, None])
+    return normalised_DB
