@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from tunegate.training.batching import Batch, pad_left
-from tunegate.training.layer import _is_ready
+from tunegate.training.layer import is_ready
 from tunegate.training.losses import Head
 from tunegate.training.models import trunk_of
 
@@ -203,7 +203,7 @@ def _is_llama(model: Any) -> bool:
         isinstance(layers, nn.ModuleList)
         and all(hasattr(trunk, name) for name in ("embed_tokens", "rotary_emb", "norm"))
         and next(model.parameters()).device.type == "cpu"
-        and all(_is_ready(layer) for layer in layers)
+        and all(is_ready(layer) for layer in layers)
         and not any(module._forward_hooks or module._forward_pre_hooks for module in trunk.modules())
     )
 

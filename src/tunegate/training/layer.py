@@ -88,7 +88,7 @@ def without_padding(model: Any, batch: Batch) -> dict[str, Any] | None:
     layers = getattr(model.base_model, "layers", None)
     if len(real_N) == rows * length or not 1 < length <= LONGEST or not isinstance(layers, nn.ModuleList):
         return None
-    if batch.ids_BT.device.type != "cpu" or not all(_is_ready(layer) for layer in layers):
+    if batch.ids_BT.device.type != "cpu" or not all(is_ready(layer) for layer in layers):
         return None
     mask_1111 = torch.ones(1, 1, 1, 1, dtype=torch.bool)
     # The mask is the one thing that transformers hands to every layer as it is.
@@ -162,7 +162,7 @@ def _fast(own: type[nn.Module]) -> type[nn.Module]:
     return _CLASSES[own]
 
 
-def _is_ready(layer: Any) -> bool:
+def is_ready(layer: Any) -> bool:
     """Whether a layer, asked for nothing unusual, does its work here."""
     return getattr(layer, _MARK, False) and layer.input_layernorm.weight.dtype in _FORMATS and _is_plain(layer)
 
