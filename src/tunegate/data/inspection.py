@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 import os
 import pickle
+import signal
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,7 +161,7 @@ def inspect_on_ray(
         raise DataError(
             "the engine ray needs the package `ray`", key="data.engine", value="ray", fix="pip install 'tunegate[ray]'"
         ) from None
-    started = not ray.is_initialized()
+    started, on_sigterm = not ray.is_initialized(), signal.getsignal(signal.SIGTERM)
     if started:
         ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, logging_level="ERROR")
     try:
@@ -187,6 +189,9 @@ def inspect_on_ray(
     finally:
         if started:
             ray.shutdown()
+            # Ray's own answer to SIGTERM would stay, and a later stage of this process end without a checkpoint.
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, on_sigterm)
     inspection.finish()
 
 

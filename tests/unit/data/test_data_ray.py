@@ -3,6 +3,7 @@
 import json
 import pickle
 import random
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ def test_both_engines_find_the_same_and_write_the_same_bytes(
     pytest.importorskip("ray.data")
     monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    observer = RecordingObserver()
+    observer, on_sigterm = RecordingObserver(), signal.getsignal(signal.SIGTERM)
     by_ray = gate(dataset, tmp_path / "ray", "ray", observer)
     here = gate(dataset, tmp_path / "here", "local", NullObserver())
     assert by_ray.model_dump() == here.model_dump()
@@ -139,4 +140,5 @@ def test_both_engines_find_the_same_and_write_the_same_bytes(
     total = sum(counted(dataset).values())
     assert observer.last_progress is not None and observer.last_progress[:2] == (total, total)
     assert not ray.is_initialized()
+    assert signal.getsignal(signal.SIGTERM) == on_sigterm
     assert json.loads((tmp_path / "ray" / "clean" / "validation.json").read_text())["verdict"] == here.verdict
