@@ -15,6 +15,9 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
+
+from tunegate.training import estimate as plan
 
 WORDS = (
     "river",
@@ -61,21 +64,43 @@ def text(draw: random.Random, words: int) -> str:
     return " ".join(draw.choice(WORDS) for _ in range(words))
 
 
+def spec_of(case: str) -> Any:
+    """The stage's section of the spec."""
+    from tunegate.training.config import RewardSpec, SFTSpec
+    from tunegate.training.dpo_config import DPOSpec
+    from tunegate.training.ppo_config import PPOSpec
+
+    sections = {"sft": (SFTSpec, SFT), "reward": (RewardSpec, REWARD), "ppo": (PPOSpec, PPO), "dpo": (DPOSpec, DPO)}
+    section, common = sections[case.split("-")[0]]
+    return section(**(common | CASES[case]))
+
+
+def estimated(case: str, size: plan.ModelSize, hardware: plan.Hardware) -> int:
+    """What `tunegate plan` says of a case, in bytes."""
+    spec = spec_of(case)
+    said = {
+        "sft": lambda: plan.estimate_sft(size, spec, hardware, rows=12, mean_tokens=480, heldout_rows=4),
+        "reward": lambda: plan.estimate_reward(
+            size, spec, hardware, pairs=12, ratings=0, mean_tokens=350, heldout_pairs=4
+        ),
+        "ppo": lambda: plan.estimate_ppo(size, spec, hardware, mean_prompt_tokens=170),
+        "dpo": lambda: plan.estimate_dpo(
+            size, spec, hardware, pairs=10, mean_tokens=350, mean_prompt_tokens=170, heldout_pairs=4
+        ),
+    }
+    return said[case.split("-")[0]]().memory_bytes
+
+
 def one(case: str, model: Path, reward: Path) -> None:
     """Train, and print the estimate and the measured peak."""
     from tunegate.data.records import Conversation, Preference, Prompt
-    from tunegate.training import estimate as plan
-    from tunegate.training.config import RewardSpec, SFTSpec
     from tunegate.training.dpo import train_dpo
-    from tunegate.training.dpo_config import DPOSpec
     from tunegate.training.ppo import train_ppo
-    from tunegate.training.ppo_config import PPOSpec
     from tunegate.training.reward import train_reward
     from tunegate.training.sft import train_sft
 
-    draw, stage = random.Random(1), case.split("-")[0]
+    draw, stage, spec = random.Random(1), case.split("-")[0], spec_of(case)
     size = plan.ModelSize.of_config(json.loads((model / "config.json").read_text()))
-    hardware = plan.Hardware.here()
     ask = [[{"role": "user", "content": text(draw, 150)}] for _ in range(12)]
     pairs = [
         Preference(id=str(n), prompt=prompt, chosen=text(draw, 150), rejected=text(draw, 150))
@@ -89,24 +114,15 @@ def one(case: str, model: Path, reward: Path) -> None:
                 Conversation(id=str(n), messages=[*prompt, {"role": "assistant", "content": text(draw, 300)}])
                 for n, prompt in enumerate(ask)
             ]
-            spec = SFTSpec(**(SFT | CASES[case]))
-            said = plan.estimate_sft(size, spec, hardware, rows=12, mean_tokens=480, heldout_rows=4)
             result = train_sft(model, rows[2:], rows[:2], out, spec=spec, seed=1)
         elif stage == "reward":
-            own = RewardSpec(**(REWARD | CASES[case]))
-            said = plan.estimate_reward(size, own, hardware, pairs=12, ratings=0, mean_tokens=350, heldout_pairs=4)
-            result = train_reward(model, pairs[2:], [], pairs[:2], [], out, spec=own, seed=1)
+            result = train_reward(model, pairs[2:], [], pairs[:2], [], out, spec=spec, seed=1)
         elif stage == "dpo":
-            dpo = DPOSpec(**(DPO | CASES[case]))
-            said = plan.estimate_dpo(
-                size, dpo, hardware, pairs=10, mean_tokens=350, mean_prompt_tokens=170, heldout_pairs=4
-            )
-            result = train_dpo(model, pairs[2:], pairs[:2], prompts[:4], out, spec=dpo, seed=1, reward=reward)
+            result = train_dpo(model, pairs[2:], pairs[:2], prompts[:4], out, spec=spec, seed=1, reward=reward)
         else:
-            ppo = PPOSpec(**(PPO | CASES[case]))
-            said = plan.estimate_ppo(size, ppo, hardware, mean_prompt_tokens=170)
-            result = train_ppo(model, reward, prompts[4:], prompts[:4], out, spec=ppo, seed=1)
-    print(json.dumps({"estimated": said.memory_bytes, "measured": result.peak_memory_bytes}))
+            result = train_ppo(model, reward, prompts[4:], prompts[:4], out, spec=spec, seed=1)
+    said = estimated(case, size, plan.Hardware.here())
+    print(json.dumps({"estimated": said, "measured": result.peak_memory_bytes}))
 
 
 def main() -> None:
@@ -143,7 +159,10 @@ def main() -> None:
             found[case] = json.loads(done.stdout.splitlines()[-1])
             ratio = found[case]["estimated"] / found[case]["measured"]
             gib = {name: value / 2**30 for name, value in found[case].items()}
-            print(f"{case:20} estimated {gib['estimated']:5.2f} GiB, measured {gib['measured']:5.2f} GiB, {ratio:.2f}")
+            print(
+                f"{case:20} estimated {gib['estimated']:5.2f} GiB, measured {gib['measured']:5.2f} GiB, {ratio:.2f}",
+                flush=True,
+            )
     if options.out:
         options.out.write_text(json.dumps({"model": source, "cases": found}, indent=2) + "\n")
 

@@ -22,7 +22,9 @@ from tunegate.training.ppo_config import PPOSpec
 
 _PROCESS_BYTES = 800 << 20  # Python with torch and transformers, and freed memory that is kept for the next step
 _LOADING_SECONDS = 6.0  # imports, reading weights, saving
-_ACTIVATION_BYTES = 54  # a token, layer and unit of hidden width, kept for the backward pass of a Llama layer in bf16
+# A token, layer and unit of hidden width, kept for the backward pass of a Llama layer in bf16: by autograd, and where
+# the gradient is in closed form (see `layer`).
+_ACTIVATION_BYTES, _CLOSED_FORM_BYTES = 54, 24
 _SCORING_TOKENS = 8192
 
 
@@ -246,8 +248,9 @@ def estimate_ppo(
         updated += spec.critic_warmup_epochs * spec.shaping.standardise_prompts * row * critic
     full = spec.method == "full"
     memory = _training_memory(
-        size, hardware, "full" if full else "lora", spec.lora.rank, spec.microbatch_tokens, spec.gradient_checkpointing
-    )
+        size, hardware, "full" if full else "lora", spec.lora.rank, spec.microbatch_tokens, spec.gradient_checkpointing,
+        adapted_share=1.0 if full else spec.adapted_layers,
+    )  # fmt: skip
     memory += size.parameters * _weight_bytes(hardware) * (2 if full else 1)  # reward model, reference
     if separate:
         memory += size.parameters * 18
@@ -320,9 +323,19 @@ def _training_cost(size: ModelSize, trunk: Trunk, recompute: bool) -> float:
 
 
 def _training_memory(
-    size: ModelSize, hardware: Hardware, trunk: Trunk, rank: int, microbatch: int, recompute: bool
+    size: ModelSize,
+    hardware: Hardware,
+    trunk: Trunk,
+    rank: int,
+    microbatch: int,
+    recompute: bool,
+    *,
+    adapted_share: float = 1.0,
 ) -> int:
-    """Bytes at the peak of a step: weights, fp32 masters, gradients and moments, activations."""
+    """Bytes at the peak of a step: weights, fp32 masters, gradients and moments, activations.
+
+    `adapted_share` is the share of the layers, from the top, that gradients flow through.
+    """
     base = 0 if hardware.gpu else _PROCESS_BYTES
     weights = size.parameters * _weight_bytes(hardware)
     if trunk == "frozen":
@@ -332,8 +345,9 @@ def _training_memory(
     trained = size.parameters if trunk == "full" else size.layers * 24 * rank * size.hidden
     # In bf16: master, two moments, gradient; in fp32 the weight is its own master.
     optimizer = trained * (16 if hardware.bf16 else 12)
-    layers = 2 if recompute else size.layers
-    activations = microbatch * size.hidden * (layers * _ACTIVATION_BYTES + (size.layers * 2 if recompute else 0))
+    layers = 2 if recompute else adapted_share * size.layers
+    kept = _CLOSED_FORM_BYTES if trunk == "full" and not hardware.gpu else _ACTIVATION_BYTES
+    activations = int(microbatch * size.hidden * (layers * kept + (size.layers * 2 if recompute else 0)))
     activations *= 1 if hardware.bf16 else 2
     head = size.vocabulary * size.hidden * 8 + (64 << 20)
     return base + weights + optimizer + activations + head

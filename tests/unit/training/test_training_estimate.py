@@ -39,14 +39,14 @@ def test_sft_follows_the_measured_rate():
 
 
 def test_memory_of_full_training_is_what_was_measured():
-    """SmolLM2-135M, microbatches of 1024 tokens: 3.5 to 4.5 GB; LoRA and a frozen trunk need far less."""
+    """SmolLM2-135M, microbatches of 1024 tokens: 3.9 GB; LoRA and a frozen trunk need far less."""
     memory = {
         method: estimate_sft(SMOL, SFTSpec(method=method), TWO_CORES, rows=1, mean_tokens=100).memory_bytes
         for method in ("full", "lora")
     }
-    assert 3.5e9 < memory["full"] < 4.6e9 and memory["lora"] < 0.6 * memory["full"]
+    assert 3.5e9 < memory["full"] < 4.3e9 and memory["lora"] < 0.65 * memory["full"]
     recomputed = estimate_sft(SMOL, SFTSpec(gradient_checkpointing=True), TWO_CORES, rows=1, mean_tokens=100)
-    assert recomputed.memory_bytes < memory["full"] - 5e8
+    assert recomputed.memory_bytes < memory["full"] - 3e8
     judge = JudgeSpec(enabled=False)
     frozen = estimate_reward(
         SMOL, RewardSpec(trunk="frozen", judge=judge), TWO_CORES, pairs=10, ratings=0, mean_tokens=200
