@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -103,3 +105,16 @@ def test_the_plan_follows_the_last_stage_and_the_processes():
     assert grpo.seconds > 2 * alone.seconds  # four responses to each prompt
     assert grpo.what.startswith("GRPO: ") and dpo.what.startswith("DPO: ")
     assert ppo(distributed={"processes": 3}).memory_bytes == 3 * alone.memory_bytes
+
+
+def test_memory_is_within_a_fifth_of_what_every_method_took():
+    """Peaks that `benchmarks/training/memory.py` measured (SmolLM2-135M, bf16, two cores)."""
+    folder = Path(__file__).parents[3] / "benchmarks" / "training"
+    place = importlib.util.spec_from_file_location("memory_benchmark", folder / "memory.py")
+    assert place is not None and place.loader is not None
+    benchmark = importlib.util.module_from_spec(place)
+    place.loader.exec_module(benchmark)
+    measured = json.loads((folder / "results" / "memory.json").read_text())["cases"]
+    assert set(measured) == set(benchmark.CASES)
+    ratios = {case: benchmark.estimated(case, SMOL, TWO_CORES) / measured[case]["measured"] for case in measured}
+    assert all(0.8 < ratio < 1.2 for ratio in ratios.values()), ratios
