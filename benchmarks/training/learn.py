@@ -269,6 +269,8 @@ def learn_ppo(work: Path, shared: Path, stop: Callable[[], bool], arguments: arg
         split: [Prompt(id=p.id, messages=p.prompt, source=p.source) for p in read_records(data, "preferences", split)]
         for split in ("train", "heldout")
     }
+    # The first of the held-out prompts are measured on: those of both sets, not of the set that comes first.
+    sides["heldout"] = [sides["heldout"][index] for index in shuffled(len(sides["heldout"]), seed=1, epoch=0)]
     spec = PPOSpec(
         steps=arguments.updates,
         prompts_per_update=arguments.batch,
