@@ -47,6 +47,8 @@ CASES = {
     "ppo-lora": {},
     "ppo-full": {"method": "full"},
     "ppo-full-separate": {"method": "full", "critic": "separate", "critic_warmup_epochs": 1},
+    # One microbatch holds the rollout, so the first forward passes of policy and critic are kept for the update.
+    "ppo-full-separate-whole": {"method": "full", "critic": "separate", "microbatch_tokens": 2048},
     "dpo-lora": {},
     "dpo-full": {"method": "full"},
 }

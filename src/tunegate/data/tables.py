@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 BATCH_ROWS = 8192
-_PYTHON_ROWS = 512
+_PYTHON_ROWS = 512  # rows that wait as Python objects
 QUARANTINE_NAME = "quarantine.parquet"
 SUMMARY_NAME = "summary.json"
 

@@ -6,26 +6,22 @@ A gate on a rate decides by the interval that is shown, so the sample sizes take
 wholly above a limit, the one-sided exact p-value is at most 1 - c, since it is at most twice the mid-P value.
 
 Sources:
-    Schuirmann 1987, J. Pharmacokinetics and Biopharmaceutics 15 (TOST); Holm 1979, Scandinavian J. of Statistics 6;
-    Tango 1998, Statistics in Medicine 17 (variance of a paired difference at the margin).
+    Holm 1979, Scandinavian J. of Statistics 6; Tango 1998, Statistics in Medicine 17 (variance of a paired difference
+    at the margin).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
 from scipy import special, stats
 
 from tunegate.evaluation.statistics import (
     PROPORTION_BOUNDS,
     Interval,
     ProportionMethod,
-    StatisticsError,
-    mean_interval,
     tango_variance,
 )
 
@@ -57,51 +53,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     adjusted = np.empty(len(p))
     adjusted[order] = np.minimum(1.0, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
     return [float(value) for value in adjusted]
-
-
-@dataclass(frozen=True, slots=True)
-class Equivalence:
-    """Outcome of two one-sided tests.
-
-    Attributes:
-        p_value: The larger of the two one-sided p-values; equivalent where it is at most alpha.
-        low: Lower bound of the two-sided 1 - 2 alpha interval.
-        high: Upper bound of it.
-        equivalent: The whole interval lies inside the margins.
-    """
-
-    p_value: float
-    low: float
-    high: float
-    equivalent: bool
-
-
-def tost(differences: ArrayLike, margin: float, alpha: float = 0.05) -> Equivalence:
-    """Two one-sided t-tests that the mean difference lies inside (-margin, margin).
-
-    Args:
-        differences: [N] independent paired differences (one a template), N >= 2.
-        margin: Equivalence margin, > 0, in the unit of the differences.
-        alpha: Level of each test; the interval returned has level 1 - 2 alpha.
-    """
-    values = np.asarray(differences, dtype=np.float64)
-    if margin <= 0:
-        raise StatisticsError("an equivalence margin must be positive", key="margin", value=margin)
-    if len(values) < 2:
-        return Equivalence(1.0, -math.inf, math.inf, False)
-    interval = mean_interval(values, 1.0 - 2.0 * alpha)
-    if np.ptp(values) == 0:
-        inside = abs(interval.estimate) < margin
-        return Equivalence(0.0 if inside else 1.0, interval.estimate, interval.estimate, inside)
-    above = stats.ttest_1samp(values, -margin, alternative="greater").pvalue
-    below = stats.ttest_1samp(values, margin, alternative="less").pvalue
-    p_value = float(max(above, below))
-    return Equivalence(p_value, interval.low, interval.high, p_value <= alpha)
-
-
-def non_inferior(interval: Interval, margin: float, *, higher_is_better: bool) -> bool:
-    """Whether a difference (new minus old) is shown to be worse by less than `margin` (>= 0)."""
-    return interval.low > -margin if higher_is_better else interval.high < margin
 
 
 # -------------------------------------------------------------------------------------------------- sample sizes
@@ -185,17 +136,6 @@ def required_n_win_rate(
     """Pairs needed to show that a win rate (ties one half) is above 0.5 - margin."""
     # In terms of (loss - win) / n the win rate is 0.5 - d / 2, so everything doubles.
     return required_n_paired(2 * margin, 1.0 - 2 * win_rate, 1.0 - tie_rate, confidence=confidence, power=power)
-
-
-def required_n_mean(
-    margin: float, difference: float, deviation: float, *, confidence: float = 0.95, power: float = 0.8
-) -> int | None:
-    """Observations needed to show that a mean paired difference with this standard deviation is below `margin`."""
-    if difference >= margin:
-        return None
-    z = float(special.ndtri((1 + confidence) / 2) + special.ndtri(power))
-    n = math.ceil((z * deviation / (margin - difference)) ** 2) + 2
-    return n if n <= SEARCH_LIMIT else None
 
 
 def n_to_decide_limit(

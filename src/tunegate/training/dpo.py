@@ -22,6 +22,7 @@ from tunegate.errors import DataError, TrainingError, TrainingStoppedError
 from tunegate.observer import NullObserver, Observer
 from tunegate.storage.manifest import digest_json
 from tunegate.training.batching import shuffled, steps_of_rows, token_budget_batches
+from tunegate.training.best import BestWeights
 from tunegate.training.checkpoint import CheckpointFolder, model_digest, rng_state, seed_everything, set_rng_state
 from tunegate.training.config import Sharding
 from tunegate.training.dpo_config import DPOSpec
@@ -87,7 +88,7 @@ def train_dpo(
     """
     observer = observer or NullObserver()
     seed_everything(seed)
-    run = _Run(Policy(policy, spec.policy, sharding), spec, pairs, heldout_pairs, seed, observer)
+    run = _Run(Policy(policy, spec.policy, sharding), spec, pairs, heldout_pairs, out, seed, observer)
     scorers = make_scorers(reward, judge, spec.policy) if reward is not None else {}
     run.listen(heldout_prompts, scorers)
     if checkpoints is not None:
@@ -144,6 +145,7 @@ class _Run:
         spec: DPOSpec,
         pairs: Sequence[Preference],
         heldout: Sequence[Preference],
+        out: Path,
         seed: int,
         observer: Observer,
     ) -> None:
@@ -177,7 +179,7 @@ class _Run:
             policy.model.named_parameters(), spec, learning_rate=spec.peak_learning_rate, total_steps=max(1, total)
         )
         self.progress = _Progress()
-        self.best_weights: dict[str, Tensor] = {}
+        self.best_weights = BestWeights(self.optimizer, out)
         self.before: Measurement | None = None
         self.folder: CheckpointFolder | None = None
         self.resumed_from: int | None = None
@@ -215,7 +217,7 @@ class _Run:
                 self._save()
             self.observer.progress(state.step, len(self.plan), "step", "DPO")
         if self.spec.keep == "best" and self.heldout and state.best_step != state.step:
-            self.optimizer.set_weights(self.best_weights)
+            self.best_weights.put_back()
         self.policy.refresh()
 
     def _step(self, indices: list[int]) -> None:
@@ -302,7 +304,8 @@ class _Run:
             margin=spec.beta * float(difference_B.mean()),
         )
         if not state.points or point.loss < min(p["loss"] for p in state.points):
-            state.best_step, self.best_weights = state.step, self.optimizer.weights()
+            state.best_step = state.step
+            self.best_weights.keep()
         state.points.append(point.model_dump())
         self.observer.metrics(
             {
@@ -336,7 +339,7 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "rng": rng_state(),
             "progress": dict(vars(self.progress)),
-            "best_weights": self.optimizer.gathered(self.best_weights),
+            "best_weights": self.best_weights.gathered(),
             "before": self.before.state_dict() if self.before is not None else None,
         }
         if world()[0] == 0:
@@ -348,7 +351,7 @@ class _Run:
             return
         self.optimizer.load_state_dict(found.state["optimizer"])
         self.progress = _Progress(**found.state["progress"])
-        self.best_weights = self.optimizer.scattered(found.state["best_weights"])
+        self.best_weights.take(found.state["best_weights"])
         self.before = Measurement(**found.state["before"]) if found.state["before"] is not None else None
         set_rng_state(found.state["rng"])
         self.resumed_from = found.step

@@ -254,6 +254,9 @@ def estimate_ppo(
     memory += size.parameters * _weight_bytes(hardware) * (2 if full else 1)  # reward model, reference
     if separate:
         memory += size.parameters * 18
+        whole = spec.responses_per_update * row
+        if spec.minibatches == 1 and whole <= spec.microbatch_tokens:  # the critic's first pass waits for the policy's
+            memory += _activations(size, hardware, "full", int(whole), spec.gradient_checkpointing)
     return Estimate(
         2 * _LOADING_SECONDS + generated + (scored + updated) / hardware.training_flops,
         memory,
@@ -345,12 +348,19 @@ def _training_memory(
     trained = size.parameters if trunk == "full" else size.layers * 24 * rank * size.hidden
     # In bf16: master, two moments, gradient; in fp32 the weight is its own master.
     optimizer = trained * (16 if hardware.bf16 else 12)
-    layers = 2 if recompute else adapted_share * size.layers
-    kept = _CLOSED_FORM_BYTES if trunk == "full" and not hardware.gpu else _ACTIVATION_BYTES
-    activations = int(microbatch * size.hidden * (layers * kept + (size.layers * 2 if recompute else 0)))
-    activations *= 1 if hardware.bf16 else 2
+    activations = _activations(size, hardware, trunk, microbatch, recompute, adapted_share)
     head = size.vocabulary * size.hidden * 8 + (64 << 20)
     return base + weights + optimizer + activations + head
+
+
+def _activations(
+    size: ModelSize, hardware: Hardware, trunk: Trunk, tokens: int, recompute: bool, adapted_share: float = 1.0
+) -> int:
+    """Bytes that a forward pass keeps for the backward pass."""
+    layers = 2 if recompute else adapted_share * size.layers
+    kept = _CLOSED_FORM_BYTES if trunk == "full" and not hardware.gpu else _ACTIVATION_BYTES
+    each = layers * kept + (size.layers * 2 if recompute else 0)
+    return int(tokens * size.hidden * each) * (1 if hardware.bf16 else 2)
 
 
 def _disk(size: ModelSize, hardware: Hardware, full: bool, checkpoints: int) -> int:

@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tunegate.training.accumulation import add_product, takes_directly
@@ -24,8 +24,11 @@ from tunegate.training.cross_entropy import chunk_rows
 from tunegate.training.kl import LOG_RATIO_LIMIT, kl_estimate
 from tunegate.training.models import head_of
 
-KEPT_BYTES = 64 << 20
+KEPT_BYTES = 256 << 20
 """Most memory for the probabilities of a microbatch that are kept for its gradient."""
+
+Entropy = Literal["none", "watched", "trained"]
+"""What is wanted of the entropy of a distribution: nothing, its value, or its value with gradients."""
 
 # -- log-probabilities --------------------------------------------------------------------------------------------
 
@@ -76,48 +79,41 @@ def _bf16_factors() -> Iterator[None]:
 
 
 def token_logprobs(hidden_ND: Tensor, head: Head, tokens_N: Tensor, temperature: float) -> Tensor:
-    """Find log pi of given tokens, at the sampling temperature, in fp32, [N].
+    """Find log pi of given tokens, at the sampling temperature, in fp32, [N]; see `logprobs_and_entropy`."""
+    return logprobs_and_entropy(hidden_ND, head, tokens_N, temperature, entropy="none")[0]
+
+
+def logprobs_and_entropy(
+    hidden_ND: Tensor, head: Head, tokens_N: Tensor, temperature: float, *, entropy: Entropy = "watched"
+) -> tuple[Tensor, Tensor]:
+    """Find log pi of given tokens and the entropy of each distribution (nats), both [N] fp32.
 
     The logits never exist for more than a chunk of positions. Where the head is frozen the gradient with respect to
     the hidden states is computed with the forward pass, so nothing of vocabulary size is kept or computed twice. Where
     it is trained in fp32, the probabilities of up to `KEPT_BYTES` are kept, and not computed again for the gradient.
+    Else, and where the entropy is trained, each chunk is computed again in the backward pass.
 
     Args:
         hidden_ND: Last hidden state at the position *before* each token.
         head: The output layer.
         tokens_N: The tokens that were said.
         temperature: Logits are divided by this.
-    """
-    if torch.is_grad_enabled() and hidden_ND.requires_grad and not head.weight_VD.requires_grad:
-        return cast("Tensor", _FrozenHeadLogprobs.apply(hidden_ND, head, tokens_N, temperature))  # type: ignore[no-untyped-call]
-    kept = 4 * hidden_ND.shape[0] * head.weight_VD.shape[0] <= KEPT_BYTES and head.bias_V is None
-    if kept and hidden_ND.dtype == torch.float32 and takes_directly(head.weight_VD):
-        return cast("Tensor", _TrainedHeadLogprobs.apply(hidden_ND, head.weight_VD, tokens_N, temperature))  # type: ignore[no-untyped-call]
-    return logprobs_and_entropy(hidden_ND, head, tokens_N, temperature, entropy=False)[0]
-
-
-def logprobs_and_entropy(
-    hidden_ND: Tensor, head: Head, tokens_N: Tensor, temperature: float, *, entropy: bool = True
-) -> tuple[Tensor, Tensor]:
-    """Find log pi of given tokens and the entropy of each distribution (nats), both [N] fp32.
-
-    Chunk by chunk; with gradients each chunk is computed again in the backward pass instead of being kept.
-
-    Args:
-        hidden_ND: Last hidden state at the position before each token.
-        head: The output layer.
-        tokens_N: The tokens that were said.
-        temperature: Logits are divided by this.
-        entropy: False skips the entropy, which is then 0.
+        entropy: `none` gives 0, `watched` no gradients.
     """
     differentiable = torch.is_grad_enabled() and (hidden_ND.requires_grad or head.weight_VD.requires_grad)
+    if differentiable and entropy != "trained":
+        arguments = (hidden_ND, head, tokens_N, temperature, entropy)
+        kept = 4 * hidden_ND.shape[0] * head.weight_VD.shape[0] <= KEPT_BYTES and head.bias_V is None
+        if not head.weight_VD.requires_grad:
+            return _FrozenHeadLogprobs.apply(*arguments)  # type: ignore[no-untyped-call, no-any-return]
+        if kept and hidden_ND.dtype == torch.float32 and takes_directly(head.weight_VD):
+            return _TrainedHeadLogprobs.apply(*arguments)  # type: ignore[no-untyped-call, no-any-return]
 
     def one(hidden_CD: Tensor, tokens_C: Tensor) -> tuple[Tensor, Tensor]:
         logprobs_CV = (head.logits(hidden_CD) / temperature).log_softmax(dim=-1)
-        selected_C = logprobs_CV.gather(1, tokens_C[:, None])[:, 0]
-        if not entropy:
-            return selected_C, torch.zeros_like(selected_C)
-        return selected_C, -(logprobs_CV.exp() * logprobs_CV).sum(dim=-1)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and entropy == "trained"):
+            entropy_C = _entropy(logprobs_CV, entropy)
+        return logprobs_CV.gather(1, tokens_C[:, None])[:, 0], entropy_C
 
     parts: list[tuple[Tensor, Tensor]] = []
     for part in chunks(hidden_ND.shape[0], chunk_rows(head.weight_VD.shape[0], hidden_ND.device)):
@@ -131,53 +127,71 @@ def logprobs_and_entropy(
     return torch.cat([logprobs for logprobs, _ in parts]), torch.cat([entropies for _, entropies in parts])
 
 
+def _entropy(logprobs_CV: Tensor, entropy: Entropy) -> Tensor:
+    """Entropy of each distribution, -sum p log p, [C]."""
+    if entropy == "none":
+        return logprobs_CV.new_zeros(logprobs_CV.shape[0])
+    return -(logprobs_CV.exp() * logprobs_CV).sum(dim=-1)
+
+
 class _FrozenHeadLogprobs(torch.autograd.Function):
     """log softmax(h W^T / temp)[token] with d/dh = (W[token] - E_p[W]) / temp computed in the forward pass."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, head: Head, tokens_N: Tensor, temperature: float) -> Tensor:
+    def forward(
+        ctx: Any, hidden_ND: Tensor, head: Head, tokens_N: Tensor, temperature: float, entropy: Entropy
+    ) -> tuple[Tensor, Tensor]:
         selected_N = torch.empty(hidden_ND.shape[0], dtype=head.exact_VD.dtype, device=hidden_ND.device)
+        entropy_N = torch.empty_like(selected_N)
         gradient_ND = torch.empty_like(hidden_ND)
         for part in chunks(hidden_ND.shape[0], chunk_rows(head.weight_VD.shape[0], hidden_ND.device)):
             tokens_C = tokens_N[part]
             logprobs_CV = (head.logits(hidden_ND[part]) / temperature).log_softmax(dim=-1)
             selected_N[part] = logprobs_CV.gather(1, tokens_C[:, None])[:, 0]
+            entropy_N[part] = _entropy(logprobs_CV, entropy)
             mean_CD = logprobs_CV.exp_().to(head.weight_VD.dtype) @ head.weight_VD
             gradient_ND[part] = ((head.weight_VD[tokens_C] - mean_CD) / temperature).to(hidden_ND.dtype)
         ctx.save_for_backward(gradient_ND)
-        return selected_N
+        ctx.mark_non_differentiable(entropy_N)
+        return selected_N, entropy_N
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         (gradient_ND,) = ctx.saved_tensors
-        return (grad_outputs[0][:, None] * gradient_ND).to(gradient_ND.dtype), None, None, None
+        return (grad_outputs[0][:, None] * gradient_ND).to(gradient_ND.dtype), None, None, None, None
 
 
 class _TrainedHeadLogprobs(torch.autograd.Function):
     """log softmax(h W^T / temp)[token], with d/d logits = (onehot(token) - softmax) / temp from the kept softmax."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: nn.Parameter, tokens_N: Tensor, temperature: float) -> Tensor:
+    def forward(
+        ctx: Any, hidden_ND: Tensor, head: Head, tokens_N: Tensor, temperature: float, entropy: Entropy
+    ) -> tuple[Tensor, Tensor]:
+        weight_VD = head.weight_VD
         selected_N = hidden_ND.new_empty(hidden_ND.shape[0])
+        entropy_N = torch.empty_like(selected_N)
         probabilities_NV = hidden_ND.new_empty(hidden_ND.shape[0], weight_VD.shape[0])
         for part in chunks(hidden_ND.shape[0], chunk_rows(weight_VD.shape[0], hidden_ND.device)):
             logprobs_CV = probabilities_NV[part]
             torch.mm(hidden_ND[part], weight_VD.T, out=logprobs_CV)
             torch.log_softmax(logprobs_CV.div_(temperature), dim=-1, out=logprobs_CV)
             selected_N[part] = logprobs_CV.gather(1, tokens_N[part, None])[:, 0]
+            entropy_N[part] = _entropy(logprobs_CV, entropy)
             logprobs_CV.exp_()
         ctx.weight_VD, ctx.temperature = weight_VD, temperature
         ctx.save_for_backward(hidden_ND, probabilities_NV, tokens_N)
-        return selected_N
+        ctx.mark_non_differentiable(entropy_N)
+        return selected_N, entropy_N
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         hidden_ND, probabilities_NV, tokens_N = ctx.saved_tensors
         scaled_N1 = grad_outputs[0][:, None] / ctx.temperature
         gradient_NV = probabilities_NV.mul_(-scaled_N1)  # nobody else has them, and no second pass asks for them
         gradient_NV.scatter_add_(1, tokens_N[:, None], scaled_N1)
         add_product(ctx.weight_VD, gradient_NV, hidden_ND)
-        return gradient_NV @ ctx.weight_VD.detach(), None, None, None
+        return gradient_NV @ ctx.weight_VD.detach(), None, None, None, None
 
 
 # -- losses -------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from tunegate.observer import NullObserver, Observer
 from tunegate.storage.manifest import digest_json
 from tunegate.training.advantages import explained_variance, masked_mean, regression_line
 from tunegate.training.batching import shuffled
+from tunegate.training.best import BestWeights
 from tunegate.training.checkpoint import CheckpointFolder, model_digest, seed_everything
 from tunegate.training.config import Sharding
 from tunegate.training.heldout import Measurement, by_source, examples, measure, paired_difference
@@ -100,7 +101,7 @@ def train_ppo(
         TrainingError: If the reward tells no two responses apart or gradients stay not finite.
     """
     seed_everything(seed)
-    run = _Run(policy, reward, judge, prompts, heldout_prompts, spec, seed, observer or NullObserver(), sharding)
+    run = _Run(policy, reward, judge, prompts, heldout_prompts, out, spec, seed, observer or NullObserver(), sharding)
     if checkpoints is not None:
         parts = ["ppo", spec.model_dump(mode="json"), seed, *(model_digest(p) for p in (policy, reward, judge) if p)]
         ids = [[prompt.id for prompt in group] for group in (run.prompts, run.heldout)]
@@ -131,6 +132,7 @@ class _Run:
         judge: Path | None,
         prompts: Sequence[Prompt],
         heldout: Sequence[Prompt],
+        out: Path,
         spec: PPOSpec,
         seed: int,
         observer: Observer,
@@ -157,9 +159,9 @@ class _Run:
             spec,
         )
         self.signals = tuple(name for name in ("reward", "cost") if name in self.scorers)
-        self.state = self._first_state(reward)
+        self.state = self._first_state(reward, out)
 
-    def _first_state(self, reward: Path | None) -> PPOState:
+    def _first_state(self, reward: Path | None, out: Path) -> PPOState:
         """The state before anything was done."""
         spec, cost = self.spec, self.spec.cost
         steps = max(1, self.updates * spec.epochs * spec.minibatches)
@@ -175,13 +177,15 @@ class _Run:
                     total_steps=steps,
                 )
                 learners[name] = Learner(critic, optimizer)
+        optimizer = Optimizer(
+            self.policy.model.named_parameters(),
+            optimizer_spec(spec),
+            learning_rate=spec.policy_learning_rate,
+            total_steps=steps,
+        )
         return PPOState(
-            policy_optimizer=Optimizer(
-                self.policy.model.named_parameters(),
-                optimizer_spec(spec),
-                learning_rate=spec.policy_learning_rate,
-                total_steps=steps,
-            ),
+            policy_optimizer=optimizer,
+            best_weights=BestWeights(optimizer, out),
             learners=learners,
             kl=KLController.from_spec(spec.kl),
             watchdogs=Watchdogs(spec.watchdogs),
@@ -214,7 +218,8 @@ class _Run:
         self._warm_up(sample)
         with self._clock("evaluate"):
             state.reference = self._measure()
-        state.best, state.best_weights = state.reference, state.policy_optimizer.weights()
+        state.best = state.reference
+        state.best_weights.keep()
         state.candidates = 1
 
     def _warm_up(self, sample: Rollout) -> None:
@@ -283,7 +288,7 @@ class _Run:
             state.multiplier.update(cost)
         multiplier = state.multiplier.value if state.multiplier is not None else None
         beta = state.kl.coefficient
-        self._set_values(rollout)
+        self._set_values(rollout, keep_first_pass=self._first_pass_serves)
         find_advantages = set_group_advantages if spec.grouped else set_advantages
         advantages_BT = find_advantages(
             rollout, spec, beta=beta if spec.kl.placement == "reward" else 0.0, multiplier=multiplier
@@ -356,7 +361,7 @@ class _Run:
             explained_variance=explained_variance(signal.values_BT, signal.returns_BT, rollout.mask_BT),
         )
 
-    def _set_values(self, rollout: Rollout) -> None:
+    def _set_values(self, rollout: Rollout, *, keep_first_pass: bool = False) -> None:
         """Let every critic say its V_old."""
         with self._clock("score"):
             for name, learner in self.state.learners.items():
@@ -366,6 +371,7 @@ class _Run:
                     learner.critic,
                     pad_id=self.policy.chat.pad_id,
                     budget=self.spec.microbatch_tokens,
+                    keep_first_pass=keep_first_pass,
                 )
 
     def _evaluate(self) -> None:
@@ -378,7 +384,8 @@ class _Run:
         if found.mean("kl") <= self.spec.kl.limit:
             state.candidates += 1
             if found.mean("reward") > best.mean("reward"):
-                state.best, state.best_weights = found, state.policy_optimizer.weights()
+                state.best = found
+                state.best_weights.keep()
         state.latest = found
         judge_change = found.array("judge") - reference.array("judge") if "judge" in found.values else None
         self._react(state.watchdogs.after_evaluation(found.array("score") - reference.array("score"), judge_change))
@@ -402,7 +409,7 @@ class _Run:
                 self.stopped = alarm.name
                 return True
             if action == "back_off":
-                state.policy_optimizer.set_weights(state.best_weights)
+                state.best_weights.put_back()
                 state.policy_optimizer.learning_rate *= 0.5
                 state.kl.coefficient *= 2.0
                 self.policy.refresh()
@@ -538,7 +545,7 @@ class _Run:
         assert state.best is not None  # set by `start`
         if self.spec.keep == "last" and self.stopped is None and state.latest is not None:
             return state.latest
-        state.policy_optimizer.set_weights(state.best_weights)
+        state.best_weights.put_back()
         self.policy.refresh()
         return state.best
 

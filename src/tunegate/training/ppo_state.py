@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
+from tunegate.training.best import BestWeights
 from tunegate.training.checkpoint import rng_state, set_rng_state
 from tunegate.training.heldout import Measurement
 from tunegate.training.kl import KLController, LagrangeMultiplier
@@ -29,6 +28,7 @@ class PPOState:
 
     Attributes:
         policy_optimizer: Trained parameters of the policy and their moments.
+        best_weights: The trained parameters of the best policy so far.
         learners: Critic and optimizer of each signal.
         kl: KL controller.
         watchdogs: What they remember.
@@ -40,7 +40,6 @@ class PPOState:
         reference: Held-out measurement before the first update.
         latest: The latest held-out measurement.
         best: Held-out measurement of the best policy so far.
-        best_weights: Its trained parameters.
         evaluations: Figures of every held-out measurement.
         candidates: Evaluations within the KL limit.
         history: One summary an update.
@@ -51,6 +50,7 @@ class PPOState:
     """
 
     policy_optimizer: Optimizer
+    best_weights: BestWeights
     learners: dict[str, Learner]
     kl: KLController
     watchdogs: Watchdogs
@@ -62,7 +62,6 @@ class PPOState:
     reference: Measurement | None = None
     latest: Measurement | None = None
     best: Measurement | None = None
-    best_weights: dict[str, Tensor] = field(default_factory=dict)
     evaluations: list[HeldoutFigures] = field(default_factory=list)
     candidates: int = 0
     history: list[UpdateSummary] = field(default_factory=list)
@@ -93,7 +92,7 @@ class PPOState:
             "reference": self.reference.state_dict() if self.reference is not None else None,
             "latest": self.latest.state_dict() if self.latest is not None else None,
             "best": self.best.state_dict() if self.best is not None else None,
-            "best_weights": self.policy_optimizer.gathered(self.best_weights),
+            "best_weights": self.best_weights.gathered(),
             "evaluations": [item.model_dump() for item in self.evaluations],
             "candidates": self.candidates,
             "history": [item.model_dump() for item in self.history],
@@ -120,7 +119,7 @@ class PPOState:
         self.reference = Measurement(**state["reference"]) if state["reference"] else None
         self.latest = Measurement(**state["latest"]) if state["latest"] else None
         self.best = Measurement(**state["best"]) if state["best"] else None
-        self.best_weights = self.policy_optimizer.scattered(state["best_weights"])
+        self.best_weights.take(state["best_weights"])
         self.evaluations = [HeldoutFigures(**item) for item in state["evaluations"]]
         self.candidates = int(state["candidates"])
         self.history = [UpdateSummary(**item) for item in state["history"]]

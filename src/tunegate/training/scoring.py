@@ -38,6 +38,21 @@ SCORING_TOKENS = 8_192
 """Tokens a forward pass without gradients."""
 
 
+@dataclass(frozen=True, slots=True)
+class FirstPass:
+    """The policy's or a critic's forward pass over a whole rollout, with what its gradient needs.
+
+    The first step of an update reads the rollout with the very weights that scored it, so it need not be run again.
+
+    Attributes:
+        rows: The rows, in the order of the pass.
+        output_N: log pi of their response tokens, or the values before them, differentiable.
+    """
+
+    rows: list[int]
+    output_N: Tensor
+
+
 @dataclass
 class Signal:
     """What one source of feedback (the reward, or a cost) says about a rollout.
@@ -48,6 +63,7 @@ class Signal:
         values_BT: V_old.
         advantages_BT: Set by `update.set_advantages`.
         returns_BT: Likewise.
+        first_pass: The critic's forward pass behind `values_BT`, until the update's first step has used it.
     """
 
     scores_B: Tensor
@@ -55,25 +71,11 @@ class Signal:
     values_BT: Tensor = field(default_factory=lambda: torch.empty(0))
     advantages_BT: Tensor = field(default_factory=lambda: torch.empty(0))
     returns_BT: Tensor = field(default_factory=lambda: torch.empty(0))
+    first_pass: FirstPass | None = None
 
     def features_of(self, rows: Sequence[int]) -> list[Features]:
         """Features of some responses."""
         return [self.features[row] for row in rows] if self.features else []
-
-
-@dataclass(frozen=True, slots=True)
-class FirstPass:
-    """The policy's forward pass over a whole rollout, with what its gradient needs.
-
-    The first step of an update reads the rollout with the very weights that drew it, so it need not be run again.
-
-    Attributes:
-        rows: The rows, in the order of the pass.
-        logprobs_N: log pi of their response tokens, differentiable.
-    """
-
-    rows: list[int]
-    logprobs_N: Tensor
 
 
 @dataclass
@@ -193,7 +195,6 @@ def score_policy(
         reference_features=features,
     )
     by_row: dict[int, Features] = {}
-    head = policy.head()
     # The batches are those of an update with one minibatch, so that its first ratio is 1 to the last bit.
     groups = token_budget_batches(rollout.row_lengths, policy.spec.microbatch_tokens)
     for rows in groups:
@@ -202,17 +203,11 @@ def score_policy(
         reference_ND = batch.predictors(reference_BTD)
         with torch.set_grad_enabled(keep_first_pass and len(groups) == 1):
             hidden_ND = batch.predictors(policy.hidden(batch.batch, stem_BTD))
+            old_N, entropy_N = logprobs_and_entropy(hidden_ND, policy.head(), batch.tokens_N, temperature)
             if torch.is_grad_enabled():
-                rollout.first_pass = FirstPass(
-                    rows, token_logprobs(hidden_ND, policy.head(), batch.tokens_N, temperature)
-                )
-        old_N, entropy_N = logprobs_and_entropy(hidden_ND.detach(), head, batch.tokens_N, temperature)
-        if rollout.first_pass is not None:
-            old_N = rollout.first_pass.logprobs_N.detach()
-        reference_N, _ = logprobs_and_entropy(
-            reference_ND, policy.reference_head(), batch.tokens_N, temperature, entropy=False
-        )
-        for values_N, out_BT in ((old_N, old_BT), (reference_N, reference_BT), (entropy_N, entropy_BT)):
+                rollout.first_pass = FirstPass(rows, old_N)
+        reference_N = token_logprobs(reference_ND, policy.reference_head(), batch.tokens_N, temperature)
+        for values_N, out_BT in ((old_N.detach(), old_BT), (reference_N, reference_BT), (entropy_N, entropy_BT)):
             spread(values_N, rows, mask_BT, out_BT)
         if rollout.stems and stem_BTD is not None:
             for place, row in enumerate(rows):
@@ -226,13 +221,27 @@ def score_policy(
 
 
 @torch.no_grad()
-def set_values(rollout: Rollout, signal: Signal, critic: Critic, *, pad_id: int, budget: int) -> None:
-    """Compute V_old of every response token."""
+def set_values(
+    rollout: Rollout, signal: Signal, critic: Critic, *, pad_id: int, budget: int, keep_first_pass: bool = False
+) -> None:
+    """Compute V_old of every response token.
+
+    Args:
+        rollout: The responses.
+        signal: What the critic speaks of; gets the values.
+        critic: As it is before the update.
+        pad_id: Padding token.
+        budget: Tokens of a microbatch.
+        keep_first_pass: As `score_policy` has it.
+    """
     signal.values_BT = torch.zeros(rollout.mask_BT.shape, device=rollout.mask_BT.device)
     groups = token_budget_batches(rollout.row_lengths, budget)
     for rows, _ in in_step(groups, groups[0], needed=critic.sharded):
-        values_N = critic.values(rollout.batch(rows, pad_id), signal.features_of(rows))
-        spread(values_N, rows, rollout.mask_BT, signal.values_BT)
+        with torch.set_grad_enabled(keep_first_pass and len(groups) == 1):
+            values_N = critic.values(rollout.batch(rows, pad_id), signal.features_of(rows))
+            if torch.is_grad_enabled():
+                signal.first_pass = FirstPass(rows, values_N)
+        spread(values_N.detach(), rows, rollout.mask_BT, signal.values_BT)
 
 
 # -- scores -------------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ gradient is that of the mean over all its answer tokens whichever way.
 from __future__ import annotations
 
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from tunegate.training.answers import (
     microbatches,
 )
 from tunegate.training.batching import shuffled, steps_of_rows, steps_of_tokens
+from tunegate.training.best import BestWeights
 from tunegate.training.chat import Chat
 from tunegate.training.checkpoint import (
     CheckpointFolder,
@@ -140,11 +140,9 @@ def train_sft(
         folder = CheckpointFolder(
             checkpoints, fingerprint=digest_json(settings), keep=spec.keep_checkpoints, observer=observer, mirror=mirror
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".sft-") as scratch:
-        run = _Run(spec, language_model, chat, encoded, measured, seed, observer, folder, Path(scratch), sharding)
-        run.fit(stop_requested or (lambda: False))
-        run.keep_best()
+    run = _Run(spec, language_model, chat, encoded, measured, seed, observer, folder, out, sharding)
+    run.fit(stop_requested or (lambda: False))
+    run.keep_best()
     after = answer_nll(language_model, chat, measured, observer) if measured.rows else None
     result = run.result(after)
     release_memory()
@@ -185,11 +183,10 @@ class _Run:
         seed: int,
         observer: Observer,
         folder: CheckpointFolder | None,
-        scratch: Path,
+        out: Path,
         sharding: Sharding,
     ) -> None:
         self.spec = spec
-        self.best_file = scratch / "best.pt"  # on disk: in memory it would be one more copy of the model
         self.seed = seed
         self.chat = chat
         self.encoded = encoded
@@ -214,6 +211,7 @@ class _Run:
         self.optimizer = Optimizer(
             self.model.named_parameters(), spec, learning_rate=spec.peak_learning_rate, total_steps=total
         )
+        self.best_weights = BestWeights(self.optimizer, out)
         self.progress = _Progress()
         self.resumed_from: int | None = None
         self.stopped: Literal["completed", "patience"] = "completed"
@@ -296,7 +294,7 @@ class _Run:
         self.observer.metrics({"sft/heldout_nll": nll}, state.step)
         if nll < state.best_nll:
             state.best_nll, state.best_step, state.without_gain = nll, state.step, 0
-            torch.save(self.optimizer.weights(), self.best_file)
+            self.best_weights.keep()
         else:
             state.without_gain += 1
 
@@ -309,8 +307,8 @@ class _Run:
 
     def keep_best(self) -> None:
         """Go back to the weights with the best held-out loss, and merge adapters."""
-        if self.best_file.is_file() and self.progress.best_step != self.progress.step:
-            self.optimizer.set_weights(torch.load(self.best_file, weights_only=True))
+        if self.progress.best_step not in (0, self.progress.step):
+            self.best_weights.put_back()
         self.model = self.sharded.whole()
         if self.adapted is not None:
             merge_lora(self.adapted)
@@ -320,14 +318,12 @@ class _Run:
     def _save(self) -> None:
         if self.folder is None:
             return
-        state, best = self.progress, None
-        if self.best_file.is_file() and state.best_step != state.step:
-            best = self.optimizer.gathered(torch.load(self.best_file, weights_only=True))
+        state = self.progress
         content = {
             "optimizer": self.optimizer.state_dict(),
             "rng": rng_state(),
             "progress": dict(vars(state)),
-            "best_weights": best,
+            "best_weights": self.best_weights.gathered() if state.best_step != state.step else {},
         }
         if world()[0] == 0:
             self.folder.save(state.step, content)
@@ -338,9 +334,9 @@ class _Run:
             return
         self.optimizer.load_state_dict(found.state["optimizer"])
         self.progress = _Progress(**found.state["progress"])
-        if self.progress.best_step:
-            best = found.state["best_weights"]
-            torch.save(self.optimizer.scattered(best) if best else self.optimizer.weights(), self.best_file)
+        if self.progress.best_step == self.progress.step:
+            self.best_weights.keep()
+        self.best_weights.take(found.state["best_weights"])
         set_rng_state(found.state["rng"])
         self.resumed_from = found.step
         self.observer.note(f"supervised fine-tuning goes on from the checkpoint at step {found.step}")

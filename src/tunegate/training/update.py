@@ -191,13 +191,13 @@ def ppo_update(
             for micro, weight in [(first_pass.rows, 1.0)] if first_pass is not None else micros:
                 entropy = torch.zeros((), device=rollout.mask_BT.device)
                 if first_pass is not None:
-                    logprobs_N = first_pass.logprobs_N
+                    logprobs_N = first_pass.output_N
                 else:
                     batch = rollout.batch(micro, policy.chat.pad_id)
                     hidden_ND = batch.predictors(policy.hidden(batch.batch, rollout.stem(micro)))
                     if spec.entropy_coefficient > 0.0:
                         logprobs_N, entropy_N = logprobs_and_entropy(
-                            hidden_ND, policy.head(), batch.tokens_N, spec.temperature
+                            hidden_ND, policy.head(), batch.tokens_N, spec.temperature, entropy="trained"
                         )
                         entropy = entropy_N.sum() / tokens
                     else:
@@ -228,9 +228,15 @@ def ppo_update(
             for name, learner in learners.items():
                 signal = rollout.signals[name]
                 value_sum = torch.zeros((), device=rollout.mask_BT.device)
-                for micro, weight in micros:
+                first_pass, signal.first_pass = signal.first_pass, None
+                for micro, weight in [(first_pass.rows, 1.0)] if first_pass is not None else micros:
+                    if first_pass is not None:
+                        values_N = first_pass.output_N
+                    else:
+                        batch = rollout.batch(micro, policy.chat.pad_id)
+                        values_N = learner.critic.values(batch, signal.features_of(micro))
                     critic_loss = value_loss(
-                        learner.critic.values(rollout.batch(micro, policy.chat.pad_id), signal.features_of(micro)),
+                        values_N,
                         rollout.valid(signal.values_BT, micro),
                         rollout.valid(signal.returns_BT, micro),
                         clip=spec.value_clip,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import math
 
 import pytest
@@ -8,6 +9,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, linear
 
 from tunegate.training import cross_entropy as module
+from tunegate.training.best import BestWeights
 from tunegate.training.config import OptimizerSpec
 from tunegate.training.cross_entropy import linear_cross_entropy, token_nll
 from tunegate.training.optim import Optimizer, schedule_factor
@@ -132,6 +134,34 @@ def test_bad_gradients_change_nothing(dtype):
     assert report.skipped and optimizer.skipped_steps == 1 and optimizer.step_count == 1
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_best_weights_are_put_back_and_handed_on(tmp_path):
+    model = module_of(torch.bfloat16)
+    optimizer = Optimizer(model.named_parameters(), OptimizerSpec(), learning_rate=0.1, total_steps=3)
+    best = BestWeights(optimizer, tmp_path / "runs" / "out")
+    assert best.gathered() == {}
+    best.take({})
+    assert best.gathered() == {}
+    before = optimizer.weights()
+    best.keep()
+    handed_on = best.gathered()
+    for _ in range(2):
+        model(torch.ones(2, 6, dtype=torch.bfloat16)).sum().backward()
+        optimizer.step()
+    assert not any(torch.equal(before[name], p) for name, p in model.named_parameters())
+    best.put_back()
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+    other = BestWeights(optimizer, tmp_path / "runs" / "out")
+    other.take(handed_on)
+    best.keep()  # does not disturb what was read before
+    assert all(torch.equal(before[name], weight) for name, weight in handed_on.items())
+    other.put_back()
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    del best, other
+    gc.collect()
+    assert list((tmp_path / "runs").iterdir()) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -299,13 +299,15 @@ def test_log_probabilities_at_the_sampling_temperature(head_problem, monkeypatch
     (got,) = torch.autograd.grad((weights * fused).sum(), hidden)
     assert torch.allclose(fused, expected) and torch.allclose(got, wanted)
 
-    recomputed, entropy = logprobs_and_entropy(hidden, head, tokens, 0.7)
+    recomputed, entropy = logprobs_and_entropy(hidden, head, tokens, 0.7, entropy="trained")
     probabilities = logits.softmax(-1)
     exact_entropy = -(probabilities * probabilities.log()).sum(-1)
     assert torch.allclose(recomputed, expected) and torch.allclose(entropy, exact_entropy)
     (wanted,) = torch.autograd.grad((weights * exact_entropy).sum(), hidden)
     (got,) = torch.autograd.grad((weights * entropy).sum(), hidden)
     assert torch.allclose(got, wanted)
+    _, watched = logprobs_and_entropy(hidden, head, tokens, 0.7)
+    assert torch.allclose(watched, exact_entropy) and not watched.requires_grad
 
 
 def test_log_probabilities_train_the_head_too(head_problem):

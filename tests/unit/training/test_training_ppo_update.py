@@ -415,6 +415,36 @@ def test_critic_starts_as_the_reward_models_reading(scored, tiny_reward, kind):
         assert signal.values_BT[row, len(prefixes) :].eq(0).all()
 
 
+@pytest.mark.parametrize("budget", [64, 4096])
+def test_the_pass_behind_the_old_values_serves_the_first_step(scored, tiny_reward, monkeypatch, budget):
+    """Where one microbatch holds the rollout; the critic is then run once less, and learns the same."""
+    policy, rollout = scored[:2]
+    spec = PPOSpec(**BASE | {"epochs": 2}, microbatch_tokens=budget, kl={"early_stop": None})
+    start = {name: weight.detach().clone() for name, weight in policy.model.named_parameters()}
+    found = []
+    for keep in (False, True):
+        policy.model.load_state_dict(start, strict=False)
+        critic = SeparateCritic(tiny_reward, precision="fp32", gradient_checkpointing=False)
+        signal = rollout.signals["reward"]
+        set_values(rollout, signal, critic, pad_id=policy.chat.pad_id, budget=budget, keep_first_pass=keep)
+        kept = signal.first_pass is not None
+        assert kept == (keep and budget == 4096)
+        passes: list[int] = []
+        values = critic.values
+        monkeypatch.setattr(critic, "values", lambda *args, run=values, seen=passes: seen.append(1) or run(*args))
+        optimizer = Optimizer(
+            critic.module.named_parameters(), _optimizer_spec(spec), learning_rate=1e-3, total_steps=9
+        )
+        figures, _, _ = run_update(policy, rollout, spec, Learner(critic, optimizer), catch=False)
+        assert signal.first_pass is None
+        found.append((figures.value_loss["reward"], critic.module.state_dict(), len(passes) + kept))
+    (loss, weights, passes), (other_loss, other_weights, other_passes) = found
+    assert passes == other_passes >= 2
+    assert other_loss == pytest.approx(loss, rel=1e-5)
+    for name, weight in weights.items():
+        assert torch.allclose(other_weights[name], weight, atol=1e-6), name
+
+
 @pytest.mark.parametrize("tokens", [64, 4096])
 def test_value_gradient_does_not_depend_on_the_microbatch(scored, monkeypatch, tokens):
     """The clipped value loss against the formula on all tokens at once."""

@@ -193,8 +193,8 @@ class Texts:
 class ByRow:
     """Frames with a column `row`, brought into the order of their rows in limited memory.
 
-    Frames wait in memory until there is a place to spill them to; then only the latest do. Those of one another
-    process come as they are.
+    Frames wait in memory until there is a place to spill them to; then only the latest do. One that came from another
+    process holds its frames in memory.
 
     Args:
         schema: The columns, `row` (an integer) among them.
