@@ -1,8 +1,9 @@
 """One token a row at a time, on a key-value cache.
 
-`Decoding` asks the model itself, through transformers, and works for every model. `LlamaDecoding` takes over after the
-prompt where it can: on a CPU, for a Llama. There a step of 16 rows through a small model is bound by moving weights and
-by the cost of starting operations, so the step is made of as few operations as it takes:
+`Decoding` asks the model itself, through transformers, and works for every model. Others take over after the prompt
+where they can: `GraphDecoding` on a GPU (see `decoding_graph`), `LlamaDecoding` on a CPU, for a Llama. On a CPU a step
+of 16 rows through a small model is bound by moving weights and by the cost of starting operations, so the step is made
+of as few operations as it takes:
 
 - Keys and values stay where they are, in a cache made for the longest response, and are neither joined to what is new
   nor copied for the query heads that share them.
@@ -21,7 +22,9 @@ and O inputs and outputs of any linear layer.
 # ruff: noqa: N815, RUF100 - names carry shape suffixes
 from __future__ import annotations
 
+import logging
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,11 +35,13 @@ from tunegate.training.layer import is_ready
 from tunegate.training.losses import Head
 from tunegate.training.models import trunk_of
 
+_log = logging.getLogger(__name__)
+
 _FEW = 12
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 """Of the last hidden states, relative. With SmolLM2-135M the two ways differ by 1e-6 and 0.017."""
 
-_agreed: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+_agreed: weakref.WeakKeyDictionary[nn.Module, dict[type[Decoding], bool]] = weakref.WeakKeyDictionary()
 
 
 def start(model: Any, prompt: Batch, steps: int) -> Decoding:
@@ -47,12 +52,22 @@ def start(model: Any, prompt: Batch, steps: int) -> Decoding:
         prompt: From `pad_left`, on the model's device.
         steps: Tokens to decode at most.
     """
-    if not _is_llama(model):
+    fast = _fast_way(model)
+    if fast is None:
         return Decoding(model, prompt, steps)
-    trunk = trunk_of(model)
-    if trunk not in _agreed:
-        _agreed[trunk] = _agrees(model)
-    return (LlamaDecoding if _agreed[trunk] else Decoding)(model, prompt, steps)
+    agreed = _agreed.setdefault(trunk_of(model), {})
+    if fast not in agreed:
+        agreed[fast] = _agrees(model, fast)
+    return (fast if agreed[fast] else Decoding)(model, prompt, steps)
+
+
+def _fast_way(model: Any) -> type[Decoding] | None:
+    """What might take over from `Decoding`."""
+    from tunegate.training import decoding_graph
+
+    if _is_llama(model):
+        return LlamaDecoding
+    return decoding_graph.GraphDecoding if decoding_graph.fits(trunk_of(model)) else None
 
 
 class Decoding:
@@ -209,30 +224,37 @@ def _is_llama(model: Any) -> bool:
 
 
 @torch.inference_mode()
-def _agrees(model: Any) -> bool:
-    """Whether `LlamaDecoding` gives what `Decoding` gives, on rows of different lengths, one of which leaves.
+def _agrees(model: Any, fast: Callable[[Any, Batch, int], Decoding]) -> bool:
+    """Whether another way gives what `Decoding` gives, on rows of different lengths, one of which leaves.
 
     Args:
-        model: One made of plain Llama layers, on a CPU.
+        model: That it may be for.
+        fast: The other way.
     """
     from transformers.cache_utils import DynamicLayer
 
-    vocabulary = int(model.config.vocab_size)
-    prompt = pad_left([[index * 7 % vocabulary for index in range(start, end)] for start, end in ((1, 9), (11, 16))], 0)
-    own, here = Decoding(model, prompt, 2), LlamaDecoding(model, prompt, 2)
+    vocabulary, device = int(model.config.vocab_size), next(model.parameters()).device
+    rows = [[index * 7 % vocabulary for index in range(start, end)] for start, end in ((1, 9), (11, 16))]
+    prompt, kept = pad_left(rows, 0).to(device), [[0, 1]] * 3 + [[1], [0], [0]]
+    own, here = Decoding(model, prompt, len(kept)), fast(model, prompt, len(kept))
     # Layers that see a window alone, or keep a state, have a cache of another kind.
-    if not all(type(layer) is DynamicLayer for layer in own._cache.layers):
+    if model.dtype not in _TOLERANCE or not all(type(layer) is DynamicLayer for layer in own._cache.layers):
         return False
-    own.prefill()
-    here.prefill()
-    for kept in (torch.tensor([0, 1]), torch.tensor([1])):
-        own.keep(kept)
-        here.keep(kept)
-        token_B = kept * 13 % vocabulary
-        own_BD, here_BD = own.step(token_B).float(), here.step(token_B).float()
-        # The rounding of some thirty layers adds up; a layer by itself was compared when it was loaded.
-        if not (own_BD - here_BD).norm() <= _TOLERANCE[model.dtype] * own_BD.norm():
-            return False
+    try:
+        own.prefill()
+        here.prefill()
+        for step, places in enumerate(kept):
+            token_B = torch.tensor(places, device=device) * 13 + step
+            for decoding in (own, here):
+                decoding.keep(torch.tensor(places, device=device))
+            own_BD, here_BD = own.step(token_B % vocabulary).float(), here.step(token_B % vocabulary).float()
+            # The rounding of some thirty layers adds up; a layer by itself was compared when it was loaded.
+            if not (own_BD - here_BD).norm() <= _TOLERANCE[model.dtype] * own_BD.norm():
+                return False
+    except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        # Models whose code cannot be recorded, or does not take what it is given.
+        _log.info("decoding by the model's own forward pass: %s", error)
+        return False
     return True
 
 
