@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from training_samples import SIZES
 
 from tunegate.training.batching import pad_left
 from tunegate.training.decoding import Decoding, LlamaDecoding, next_logits, start
@@ -171,20 +172,7 @@ def granite():
 def smollm3():
     from transformers import SmolLM3Config, SmolLM3ForCausalLM
 
-    return SmolLM3ForCausalLM(SmolLM3Config(**SIZES, pad_token_id=0, no_rope_layers=[1, 0]))
-
-
-SIZES = {
-    "vocab_size": 600,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-}
+    return SmolLM3ForCausalLM(SmolLM3Config(**SIZES, no_rope_layers=[1, 0]))
 
 
 @pytest.mark.parametrize("build", [gpt2, qwen2, mistral, granite, smollm3])

@@ -8,6 +8,7 @@ from typing import ClassVar
 import pytest
 import torch
 from torch import Tensor
+from training_samples import SIZES
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -27,18 +28,6 @@ from tunegate.training.decoding import Decoding, start
 from tunegate.training.decoding_graph import GraphDecoding, fits
 
 ROWS = [[5, 9, 300, 41], [7], [200, 201, 8, 8, 8, 8, 130, 2, 90, 77, 11], [31, 32, 33]] * 2
-SIZES = {
-    "vocab_size": 600,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
 BUILD: dict[str, Callable[..., object]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),

@@ -1,14 +1,27 @@
-"""Records that a tiny model can learn from."""
+"""Records that a tiny model can learn from, and the sizes of other tiny models."""
 
 from __future__ import annotations
 
 import random
+from typing import Any
 
 from tunegate.data.records import Conversation, Preference, Rating
 
 TOPICS = ["bread", "rice", "a bicycle", "the moon", "tea", "a fence", "garlic", "a violin"]
 GOOD = "Start with {0}. Then look at {0} again, and take your time."
 BAD = "No idea about {0}, whatever."
+SIZES: dict[str, Any] = {
+    "vocab_size": 600,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
 
 
 def make_conversations(count: int, *, seed: int = 0, split: str = "train") -> list[Conversation]:
