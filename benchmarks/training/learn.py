@@ -275,6 +275,8 @@ def learn_ppo(work: Path, shared: Path, stop: Callable[[], bool], arguments: arg
         steps=arguments.updates,
         prompts_per_update=arguments.batch,
         epochs=4,
+        minibatches=arguments.minibatches,
+        learning_rate=arguments.learning_rate,
         max_new_tokens=48,
         max_prompt_tokens=128,
         evaluate_every=max(1, arguments.updates // 3),
@@ -322,6 +324,7 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, help="train on so many; all without")
     parser.add_argument("--updates", type=int, default=12)
     parser.add_argument("--batch", type=int, default=32, help="PPO: prompts an update")
+    parser.add_argument("--minibatches", type=int, default=1, help="PPO: optimizer steps a pass over a rollout")
     parser.add_argument("--heldout", type=int, default=96, help="PPO: held-out prompts")
     parser.add_argument("--reward", default="main", help="name of the reward run that PPO is trained against")
     parser.add_argument("--judge", help="name of a reward run that PPO is only measured with")

@@ -109,7 +109,7 @@ def learn_charts(reward: dict[str, Any] | None, ppo: dict[str, Any] | None, imag
         write(
             [
                 Panel("Reward, held-out prompts", held_out("reward")),
-                Panel("KL to the reference, nats a response", held_out("kl_k3"), references=[Reference(10.0, "limit")]),
+                Panel("KL to the reference, nats a response", held_out("kl"), references=[Reference(10.0, "limit")]),
                 *judge,
             ],
             images / "training-ppo.svg",

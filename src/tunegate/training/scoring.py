@@ -197,15 +197,18 @@ def score_policy(
     by_row: dict[int, Features] = {}
     # The batches are those of an update with one minibatch, so that its first ratio is 1 to the last bit.
     groups = token_budget_batches(rollout.row_lengths, policy.spec.microbatch_tokens)
+    keep = keep_first_pass and len(groups) == 1
+    with torch.set_grad_enabled(keep):
+        head = policy.head()  # of a model trained in bf16 a copy in fp32, through which gradients go
     for rows in groups:
         batch = rollout.batch(rows, policy.chat.pad_id)
         reference_BTD, stem_BTD = policy.reference_hidden(batch.batch)
         reference_ND = batch.predictors(reference_BTD)
-        with torch.set_grad_enabled(keep_first_pass and len(groups) == 1):
+        with torch.set_grad_enabled(keep):
             hidden_ND = batch.predictors(policy.hidden(batch.batch, stem_BTD))
-            old_N, entropy_N = logprobs_and_entropy(hidden_ND, policy.head(), batch.tokens_N, temperature)
-            if torch.is_grad_enabled():
-                rollout.first_pass = FirstPass(rows, old_N)
+            old_N, entropy_N = logprobs_and_entropy(hidden_ND, head, batch.tokens_N, temperature)
+        if keep:
+            rollout.first_pass = FirstPass(rows, old_N)
         reference_N = token_logprobs(reference_ND, policy.reference_head(), batch.tokens_N, temperature)
         for values_N, out_BT in ((old_N.detach(), old_BT), (reference_N, reference_BT), (entropy_N, entropy_BT)):
             spread(values_N, rows, mask_BT, out_BT)
@@ -236,11 +239,12 @@ def set_values(
     """
     signal.values_BT = torch.zeros(rollout.mask_BT.shape, device=rollout.mask_BT.device)
     groups = token_budget_batches(rollout.row_lengths, budget)
+    keep = keep_first_pass and len(groups) == 1
     for rows, _ in in_step(groups, groups[0], needed=critic.sharded):
-        with torch.set_grad_enabled(keep_first_pass and len(groups) == 1):
+        with torch.set_grad_enabled(keep):
             values_N = critic.values(rollout.batch(rows, pad_id), signal.features_of(rows))
-            if torch.is_grad_enabled():
-                signal.first_pass = FirstPass(rows, values_N)
+        if keep:
+            signal.first_pass = FirstPass(rows, values_N)
         spread(values_N.detach(), rows, rollout.mask_BT, signal.values_BT)
 
 
