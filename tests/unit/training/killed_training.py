@@ -149,6 +149,12 @@ def harass(stage: str, work: Path) -> dict:
     clean(work)
 
     found, resumed, kills, damaged, terminated = [], [], 0, 0, []
+
+    def note_end() -> None:
+        found.append(weights(work))
+        resumed.append(json.loads((work / "out" / "training.json").read_text())["resumed_from"])
+        clean(work)
+
     while kills < KILLS:
         pid = child(stage, work)
         status = ended(pid, work, draw.choice([0, 1, 2, 3]), draw.uniform(0.0, 0.2) * whole)
@@ -163,11 +169,10 @@ def harass(stage: str, work: Path) -> dict:
                 damaged += 1
             continue
         assert status == 0, f"a training ended with {status}"
-        found.append(weights(work))
-        resumed.append(json.loads((work / "out" / "training.json").read_text())["resumed_from"])
-        clean(work)
-
-    clean(work)
+        note_end()
+    # What the last kill left is brought to its end as well.
+    assert os.waitpid(child(stage, work), 0)[1] == 0
+    note_end()
     # SIGTERM half way: a checkpoint and status 75, then the same weights.
     pid = child(stage, work)
     while newest(work) is None:
