@@ -63,7 +63,7 @@ def start(model: Any, prompt: Batch, steps: int) -> Decoding:
 
 def _fast_way(model: Any) -> type[Decoding] | None:
     """What might take over from `Decoding`."""
-    from tunegate.training import decoding_graph
+    from tunegate.training import decoding_graph  # which builds on this module
 
     if _is_llama(model):
         return LlamaDecoding
@@ -251,7 +251,7 @@ def _agrees(model: Any, fast: Callable[[Any, Batch, int], Decoding]) -> bool:
             # The rounding of some thirty layers adds up; a layer by itself was compared when it was loaded.
             if not (own_BD - here_BD).norm() <= _TOLERANCE[model.dtype] * own_BD.norm():
                 return False
-    except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         # Models whose code cannot be recorded, or does not take what it is given.
         _log.info("decoding by the model's own forward pass: %s", error)
         return False

@@ -60,7 +60,6 @@ class GraphDecoding(Decoding):
             record: Turns a step into something that repeats it.
         """
         super().__init__(model, prompt, steps)
-        self._longest = self._width + steps
         self._record = record
         self._token_S1 = torch.zeros_like(self._position_B1)
         self._replay: Callable[[], Tensor] | None = None
@@ -76,7 +75,7 @@ class GraphDecoding(Decoding):
         layers = []
         # One layer after the other, so that each part of the model's cache is given back as soon as it is copied.
         for grown in self._cache.layers:
-            layer = StaticLayer(self._longest)
+            layer = StaticLayer(self._mask_BT.shape[1])
             layer.lazy_initialization(grown.keys, grown.values)
             layer.keys[:, :, : self._width], layer.values[:, :, : self._width] = grown.keys, grown.values
             layer.cumulative_length.fill_(self._width)
@@ -126,7 +125,7 @@ class GraphDecoding(Decoding):
 
 
 def fits(trunk: Any) -> bool:
-    """Whether a trunk may be decoded by replays: on a GPU, whole, with plain attention and nothing watching it.
+    """Whether a trunk may be decoded by replays: on a GPU, with plain attention and nothing watching it.
 
     Args:
         trunk: The model without its head.
